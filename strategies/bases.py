@@ -1,0 +1,296 @@
+"""The base strategies, each with the same mixin that carries techniques and writes checkpoints that resume exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+
+from ..errors import InputError
+from .checkpoints import KEY, AtomicCheckpointIO, check_parameters, load_weights
+from .resume import Position, ResumableLoader, rewind
+from .technique import Technique, check_techniques
+
+
+class TechniqueMixin(Strategy):
+    """What all base strategies share: techniques, and checkpoints that know their own position.
+
+    Put it in front of a Lightning strategy. It calls the touch points of each `Technique`, restores the position inside
+    an epoch and every random number generator on resume, and checks a checkpoint before it is loaded.
+    """
+
+    name: str
+    techniques: tuple[Technique, ...]
+
+    def _carry(self, techniques: Iterable[Technique]) -> None:
+        self.techniques = check_techniques(type(self).__name__, techniques)
+        self._position = Position()
+        self._attached: pl.LightningModule | None = None
+
+    # Techniques
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Attach the techniques before anything wraps the module; evaluation runs without them."""
+        self.attach_techniques(trainer)
+        super().setup(trainer)
+
+    def attach_techniques(self, trainer: pl.Trainer) -> None:
+        """Call `attach` of each technique, once a run, for runs that train."""
+        module = self.lightning_module
+        if trainer.state.fn != TrainerFn.FITTING or module is None or self._attached is not None:
+            return
+        self._attached = module
+        for technique in self.techniques:
+            technique.attach(module)
+
+    def wrap_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Pass an optimiser through the techniques."""
+        for technique in self.techniques:
+            optimizer = technique.wrap_optimizer(optimizer)
+        return optimizer
+
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        """Make the optimisers and wrap them."""
+        super().setup_optimizers(trainer)
+        self.optimizers = [self.wrap_optimizer(optimizer) for optimizer in self.optimizers]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's `training_step`, with the techniques combining its losses inside the wrapped forward."""
+        with self._combining():
+            return super().training_step(*args, **kwargs)
+
+    @contextmanager
+    def _combining(self) -> Iterator[None]:
+        module = self.lightning_module
+        combining = [t for t in self.techniques if type(t).combine is not Technique.combine]
+        if not combining or module is None:
+            yield
+            return
+        step = module.training_step
+
+        @wraps(step)
+        def combined(*args: Any, **kwargs: Any) -> Any:
+            outputs = step(*args, **kwargs)
+            for technique in combining:
+                outputs = technique.combine(outputs, module)
+            return outputs
+
+        module.training_step = combined
+        try:
+            yield
+        finally:
+            del module.__dict__["training_step"]
+
+    def teardown(self) -> None:
+        """Detach the techniques in the reverse order."""
+        module, self._attached = self._attached, None
+        if module is not None:
+            for technique in reversed(self.techniques):
+                technique.detach(module)
+        super().teardown()
+
+    # Checkpoints and position
+
+    @property
+    def checkpoint_io(self) -> Any:
+        """Atomic unless the trainer was given a `CheckpointIO` plugin of its own."""
+        if self._checkpoint_io is None:
+            self._checkpoint_io = AtomicCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: Any) -> None:
+        self._checkpoint_io = io
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Make the training loader resumable; other loaders stay as they are."""
+        dataloader = super().process_dataloader(dataloader)
+        trainer = self._trainer
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING or not trainer.training:
+            return dataloader
+        return ResumableLoader(dataloader, self._position)
+
+    @property
+    def _trainer(self) -> pl.Trainer | None:
+        module = self.lightning_module
+        return None if module is None else module._trainer
+
+    def describe_run(self) -> dict[str, Any]:
+        """Return what a checkpoint says of itself, see `checkpoints.describe`."""
+        module, trainer = self.lightning_module, self._trainer
+        assert module is not None and trainer is not None
+        return {
+            "base": self.name,
+            "stage": getattr(self, "stage", None),
+            "world_size": self.world_size,
+            "step": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            "module": f"{type(module).__module__}.{type(module).__qualname__}",
+            "techniques": [repr(technique) for technique in self.techniques],
+            "parameters": self.parameter_shapes(),
+        }
+
+    def parameter_shapes(self) -> dict[str, list[int]]:
+        """Return name and full shape of each entry of the module's `state_dict`."""
+        assert self.lightning_module is not None
+        # keep_vars: a parameter that ZeRO-3 has divided is empty and carries its full shape as an attribute.
+        return {name: list(shape_of(value)) for name, value in self.lightning_module.state_dict(keep_vars=True).items()}
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Remember where each window of accumulated batches starts."""
+        super().on_train_batch_start(batch, batch_idx)
+        trainer = self._trainer
+        if trainer is not None and trainer.accumulate_grad_batches > 1 and batch_idx % trainer.accumulate_grad_batches == 0:
+            self._position.start_window(batch_idx)
+
+    def annotate(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """Return the checkpoint with its description and the position of every process added.
+
+        Gradients of an open accumulation window are not saved: such a checkpoint resumes at the window's first batch.
+        """
+        trainer = self._trainer
+        assert trainer is not None
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        done = 0 if progress.is_last_batch else progress.current.processed
+        open_batches = done % trainer.accumulate_grad_batches
+        own = self._position.state(done, open_batches)
+        positions: list[Any] = [own]
+        if self.world_size > 1:
+            positions = [None] * self.world_size
+            torch.distributed.all_gather_object(positions, own)
+        checkpoint = {**checkpoint, KEY: {"description": self.describe_run(), "position": positions}}
+        if open_batches:
+            checkpoint["loops"] = rewind(checkpoint["loops"], done, done - open_batches)
+        return checkpoint
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Save, whole or not at all; a failure on the writing process is raised on every process.
+
+        Raises:
+            OSError: If the checkpoint could not be written; what was there before is untouched.
+        """
+        checkpoint = self.annotate(checkpoint)
+        failure: str | None = None
+        if self.is_global_zero:
+            try:
+                self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+            except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+                failure = str(error)
+        failure = self.broadcast(failure)
+        if failure is not None:
+            raise OSError(f"{filepath} could not be written ({failure}); the checkpoints written before are untouched.")
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load a file, after checking that it belongs to this model and this number of processes.
+
+        Raises:
+            InputError: If it is missing, damaged, of another model, or of another number of processes in mid-epoch.
+        """
+        path = Path(checkpoint_path)
+        checkpoint = super().load_checkpoint(path, weights_only=weights_only is not False)
+        check_parameters(
+            path, {n: shape_of(v) for n, v in checkpoint.get("state_dict", {}).items()}, self.parameter_shapes()
+        )
+        own = checkpoint.get(KEY)
+        if own is not None and self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            self.restore_position(path, own["description"], own["position"])
+        return checkpoint
+
+    def restore_position(self, path: Path, description: dict[str, Any], positions: Sequence[dict[str, Any]]) -> None:
+        """Continue where each process was."""
+        saved, now = description["world_size"], self.world_size
+        if saved == now:
+            self._position.pending = positions[self.global_rank]
+            return
+        if positions[0]["batches"]:
+            raise InputError(
+                f"{path} was saved by {saved} processes in the middle of an epoch, now {now}: "
+                f"resume with trainer.devices={saved}, or from a checkpoint of the end of an epoch."
+            )
+        rank_zero_warn(
+            f"{path} was saved by {saved} processes, now {now}: weights, optimiser and counters continue, "
+            "random numbers and the order of the data are new."
+        )
+
+    def load_weights(self, path: Path) -> None:
+        """Load the weights of any complete checkpoint, of whatever strategy, into the module, strictly."""
+        assert self.lightning_module is not None
+        weights = load_weights(path)
+        check_parameters(path, {name: tensor.shape for name, tensor in weights.items()}, self.parameter_shapes())
+        self.lightning_module.load_state_dict(weights)
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    """Return the shape of a state entry: a tensor's (ZeRO-3 keeps the full one aside), or () for plain values."""
+    return tuple(getattr(value, "ds_shape", getattr(value, "shape", ())))
+
+
+class SingleDevice(TechniqueMixin, SingleDeviceStrategy):
+    """One process on one device, the one that the Trainer was given.
+
+    Example:
+        `Trainer(strategy=SingleDevice(techniques=[Lookahead(k=5)]), accelerator="cpu", devices=1)`
+
+    Args:
+        techniques: What attaches to the run, in this order.
+    """
+
+    name = "single"
+
+    def __init__(self, techniques: Iterable[Technique] = (), **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._carry(techniques)
+
+    @property
+    def parallel_devices(self) -> list[torch.device]:
+        """Empty until the Trainer says which device to use."""
+        return []
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device]) -> None:
+        if len(devices) > 1:
+            raise InputError(
+                f"SingleDevice runs on one device, Trainer(devices=...) gives {len(devices)}: "
+                "use strategy=ddp or strategy=zero_2, or devices=1."
+            )
+        self._root_device = devices[0]
+
+
+class DDP(TechniqueMixin, DDPStrategy):
+    """One process per device, gradients averaged over them.
+
+    Args:
+        techniques: What attaches to the run, in this order.
+        **kwargs: Arguments of Lightning's `DDPStrategy`, such as `find_unused_parameters`.
+    """
+
+    name = "ddp"
+
+    def __init__(self, techniques: Iterable[Technique] = (), **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._carry(techniques)
+
+
+def auto(techniques: Iterable[Technique] = (), devices: int | str | Sequence[int] = 1, num_nodes: int = 1) -> Strategy:
+    """Return `SingleDevice` for one device and `DDP` for more.
+
+    Args:
+        techniques: What attaches to the run.
+        devices: The Trainer's `devices`.
+        num_nodes: The Trainer's `num_nodes`.
+    """
+    if devices in ("auto", -1, "-1"):
+        count = max(1, torch.cuda.device_count())
+    elif isinstance(devices, int | str):
+        count = len(devices.split(",")) if isinstance(devices, str) and "," in devices else int(devices)
+    else:
+        count = len(devices)
+    return SingleDevice(techniques) if count * num_nodes == 1 else DDP(techniques)

@@ -1,0 +1,179 @@
+"""Where a run stands: the position in the data and the random numbers, so that a resumed run sees what it would have seen.
+
+Lightning restores weights, optimisers and counters, but starts the data of a broken-off epoch again from its first batch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of every random number generator of this process, as tensors and plain data."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": (kind, [int(key) for key in keys], int(position), int(has_gauss), float(cached)),  # type: ignore[union-attr]
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put every random number generator of this process where `random_state` found it."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+class _Skip:
+    """A sampler that leaves out its first entries, the first time it is used."""
+
+    def __init__(self, sampler: Any, count: int) -> None:
+        self.sampler = sampler
+        self.count = count
+
+    def __iter__(self) -> Iterator[Any]:
+        count, self.count = self.count, 0
+        iterator = iter(self.sampler)
+        # At once, not when the first batch is asked for: a shuffling sampler draws its seed with its first entry.
+        for _ in islice(iterator, count):
+            pass
+        return iterator
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["sampler"], name)
+
+
+class Position:
+    """The position of one process in its training data, shared by the strategy and the loader it wraps.
+
+    Attributes:
+        epoch_start: Random state when the current epoch's iterator was made (a shuffling sampler draws its seed there).
+        before_fetch: Random state before the batch fetched last, when batches are fetched ahead of their use.
+        fetched: Batches fetched in this epoch.
+        window: Batch index, random state and `before_fetch` at the start of the current accumulation window.
+        pending: What a checkpoint said, until the next epoch iterator takes it.
+    """
+
+    def __init__(self) -> None:
+        self.epoch_start: torch.Tensor | None = None
+        self.before_fetch: torch.Tensor | None = None
+        self.fetched = 0
+        self.window: dict[str, Any] | None = None
+        self.pending: dict[str, Any] | None = None
+
+    def start_window(self, batch_idx: int) -> None:
+        """Note where a window of accumulated batches starts; its first batch is fetched already."""
+        self.window = {"batches": batch_idx, "random": random_state(), "before_fetch": self.before_fetch}
+
+    def state(self, batches: int, open_batches: int = 0) -> dict[str, Any]:
+        """Describe the position after so many batches of this epoch, the last `open_batches` of them in a window whose
+        step has not been taken: then the position is the start of the window."""
+        if open_batches and self.window is not None:
+            return {**self.window, "epoch_start": self.epoch_start}
+        return {
+            "batches": batches,
+            "random": random_state(),
+            "epoch_start": self.epoch_start if batches else None,
+            "before_fetch": self.before_fetch if self.fetched > batches else None,
+        }
+
+
+def rewind(loops: dict[str, Any], done: int, batches: int) -> dict[str, Any]:
+    """Return Lightning's loop counters with the training batches of this epoch set from `done` back to `batches`."""
+    progress = loops["fit_loop"]["epoch_loop.batch_progress"]
+    back = done - batches
+    total = {name: done_in_all - back for name, done_in_all in progress["total"].items()}
+    total["completed"] = total["processed"]
+    progress = {**progress, "total": total, "current": dict.fromkeys(progress["current"], batches)}
+    return {**loops, "fit_loop": {**loops["fit_loop"], "epoch_loop.batch_progress": progress}}
+
+
+class ResumableLoader:
+    """Any training loader, able to start in the middle of an epoch.
+
+    The first batches are left out at the sampler where there is one, so that nothing is read twice; other iterables are
+    read and dropped. With worker processes, random augmentation inside a worker does not repeat; order always does.
+    """
+
+    def __init__(self, loader: Any, position: Position) -> None:
+        self.loader = loader
+        self.position = position
+
+    def __iter__(self) -> Iterator[Any]:
+        # A generator: nothing happens before the first batch is asked for, when the sampler knows its epoch.
+        position = self.position
+        pending, position.pending = position.pending, None
+        skip, after_first = 0, None
+        if pending is not None:
+            skip = pending["batches"]
+            set_random_state(pending["random"])
+            if pending["epoch_start"] is not None:  # in the middle of an epoch: its order was drawn at its start
+                torch.set_rng_state(pending["epoch_start"])
+                if pending["before_fetch"] is not None:
+                    after_first = pending["random"]
+        position.epoch_start = torch.get_rng_state()
+        position.fetched = skip
+        iterator = self._start(skip)
+        if pending is not None and skip:
+            before = pending["before_fetch"]
+            torch.set_rng_state(pending["random"]["torch"] if before is None else before)
+        while True:
+            position.before_fetch = torch.get_rng_state()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            position.fetched += 1
+            if after_first is not None:
+                set_random_state(after_first)
+                after_first = None
+            yield batch
+
+    def _start(self, skip: int) -> Iterator[Any]:
+        loader = self.loader
+        if not skip:
+            return iter(loader)
+        if isinstance(loader, DataLoader) and not isinstance(loader.dataset, torch.utils.data.IterableDataset):
+            name = "sampler" if loader.batch_sampler is None else "batch_sampler"
+            # DataLoader forbids setting these; its iterator reads them once, when it is made.
+            original = loader.__dict__[name]
+            loader.__dict__[name] = _Skip(original, skip)
+            try:
+                return iter(loader)
+            finally:
+                loader.__dict__[name] = original
+        iterator = iter(loader)
+        for _ in islice(iterator, skip):
+            pass
+        return iterator
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tell Lightning that this loader can be resumed; the state itself, one per process, is the strategy's."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to do; see `state_dict`."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["loader"], name)

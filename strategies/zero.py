@@ -1,0 +1,357 @@
+"""DeepSpeed ZeRO on GPUs and, over gloo, on CPU processes, with the results of DDP.
+
+Lightning's own DeepSpeed strategy refuses CPUs, divides accumulated gradients twice, carries a last partial window into
+the next epoch and turns bf16-mixed into bf16 parameters; README.md has a table with the figures of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.accelerators.cuda import CUDAAccelerator
+from pytorch_lightning.plugins.precision.deepspeed import DeepSpeedPrecision
+from pytorch_lightning.strategies import DeepSpeedStrategy
+from pytorch_lightning.trainer.states import TrainerFn
+from lightning_fabric.utilities.seed import reset_seed
+
+from ..errors import InputError
+from .bases import TechniqueMixin
+from .checkpoints import (
+    KEY,
+    MANIFEST,
+    PART,
+    check_parameters,
+    describe,
+    load_weights,
+    partial_path,
+    publish,
+    remove,
+    sync_file,
+    tensors_only,
+)
+from .technique import Technique
+
+
+class ZeroPrecision(DeepSpeedPrecision):
+    """Precision of a ZeRO run: `*-mixed` is autocast over float32 parameters, as everywhere else in Lightning."""
+
+    def forward_context(self) -> AbstractContextManager:
+        """Run steps under autocast for the mixed precisions."""
+        if "mixed" not in self.precision:
+            return nullcontext()
+        return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", dtype=self._desired_dtype)
+
+    def convert_input(self, data: Any) -> Any:
+        """Leave inputs to autocast for the mixed precisions; cast them for the others."""
+        return data if "mixed" in self.precision else super().convert_input(data)
+
+    def backward(self, tensor: torch.Tensor, model: pl.LightningModule, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        """Run the engine's backward pass on a loss that Lightning has already divided by the accumulated batches."""
+        engine: Any = model.trainer.strategy.model
+        if model.automatic_optimization:
+            engine.set_gradient_accumulation_boundary(not model.trainer.fit_loop._should_accumulate())
+        engine.backward(tensor, *args, scale_wrt_gas=False, **kwargs)
+
+
+class Zero(TechniqueMixin, DeepSpeedStrategy):
+    """ZeRO: each process keeps 1/N of the optimiser state (stage 1), the gradients (2) and the parameters (3).
+
+    Example:
+        `Trainer(strategy=Zero(stage=2, techniques=[Lookahead(k=5)]), accelerator="cpu", devices=2)`
+
+    Args:
+        stage: 1, 2 or 3.
+        techniques: What attaches to the run, in this order.
+        offload_optimizer: Keep the optimiser state in CPU memory.
+        offload_parameters: Keep the parameters in CPU memory between uses; stage 3 only.
+        config: Sections of a DeepSpeed configuration that are laid over the one made here.
+        **kwargs: Arguments of Lightning's `DeepSpeedStrategy`, such as `reduce_bucket_size`.
+
+    Raises:
+        ValueError: If the stage is not 1, 2 or 3, or parameters are to be offloaded below stage 3.
+        ImportError: If DeepSpeed is not installed.
+    """
+
+    name = "zero"
+
+    def __init__(
+        self,
+        stage: int = 2,
+        techniques: Iterable[Technique] = (),
+        *,
+        offload_optimizer: bool = False,
+        offload_parameters: bool = False,
+        config: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if stage not in (1, 2, 3):
+            raise ValueError(f"Zero(stage={stage}): use 1, 2 or 3.")
+        if offload_parameters and stage != 3:
+            raise ValueError(f"Zero(stage={stage}, offload_parameters=True): only stage 3 can offload parameters.")
+        try:
+            import deepspeed  # noqa: F401
+        except ImportError as error:
+            raise ImportError("Zero needs DeepSpeed: pip install 'deepspeed>=0.19,<0.20'") from error
+        super().__init__(
+            stage=stage, offload_optimizer=offload_optimizer, offload_parameters=offload_parameters, **kwargs
+        )
+        self.stage = stage
+        assert isinstance(self.config, dict)
+        # The optimiser is the module's own (torch's, perhaps wrapped), not DeepSpeed's CPU Adam.
+        self.config["zero_force_ds_cpu_optimizer"] = False
+        self.config = _overlay(self.config, config or {})
+        self._carry(techniques)
+
+    # The process: GPUs as in Lightning, CPU processes besides
+
+    @property
+    def root_device(self) -> torch.device:
+        """The device of this process; a CPU has an index too, which the engine asks for."""
+        device = super().root_device
+        return torch.device("cpu", self.local_rank) if device.type == "cpu" else device
+
+    def setup_environment(self) -> None:
+        """Start the process group, on CPUs as well."""
+        if isinstance(self.accelerator, CUDAAccelerator):
+            super().setup_environment()
+        else:
+            super(DeepSpeedStrategy, self).setup_environment()
+
+    def setup_distributed(self) -> None:
+        """Join the process group."""
+        if isinstance(self.accelerator, CUDAAccelerator):
+            super().setup_distributed()
+            return
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    # Precision and accumulation: what DDP does
+
+    @property
+    def precision_plugin(self) -> Any:
+        """The precision of the run, `ZeroPrecision`."""
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Any) -> None:
+        if isinstance(plugin, DeepSpeedPrecision) and not isinstance(plugin, ZeroPrecision):
+            plugin = ZeroPrecision(plugin.precision)
+        self._precision_plugin = plugin
+
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        """False: Lightning decides when a window ends, so a last partial window steps as it does under DDP."""
+        return False
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Nothing to block: the engine was told by `ZeroPrecision.backward` whether a window ends."""
+        yield
+
+    def _format_config(self) -> None:
+        config, module = self.config, self.lightning_module
+        assert isinstance(config, dict) and module is not None
+        trainer = module.trainer
+        precision = self.precision_plugin.precision
+        if precision.endswith("-true") and precision != "32-true":
+            config.setdefault("bf16" if precision.startswith("bf16") else "fp16", {"enabled": True})
+        elif precision.endswith("-mixed"):
+            # No module is listed as safe to reduce in low precision: gradients travel in float32, as under DDP.
+            section = {"enabled": True, "dtype": "bfloat16" if precision.startswith("bf16") else "float16"}
+            config.setdefault("torch_autocast", {**section, "lower_precision_safe_modules": []})
+        config.setdefault("train_micro_batch_size_per_gpu", 1)  # only used for DeepSpeed's own throughput log
+        config.setdefault("gradient_clipping", trainer.gradient_clip_val or 0.0)
+        if module.automatic_optimization:
+            config["gradient_accumulation_steps"] = trainer.accumulate_grad_batches
+        else:
+            # Only the module knows when it will step, so every engine step ends a window. DeepSpeed keeps sums of
+            # offloaded gradients only where more than one batch is announced.
+            config["managed_gradient_accumulation"] = False
+            config["gradient_accumulation_steps"] = 2
+            if self.stage != 2:
+                config["zero_optimization"]["overlap_comm"] = False
+
+    # Techniques
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Attach the techniques, then wrap the module in the engine."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._config_initialized = False
+        super().setup(trainer)
+
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        """Nothing yet: the engine makes them, see `_init_optimizers`."""
+        super(TechniqueMixin, self).setup_optimizers(trainer)
+
+    def _init_optimizers(self) -> Any:
+        optimizer, scheduler = super()._init_optimizers()
+        return self.wrap_optimizer(optimizer), scheduler
+
+    def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any | None = None) -> Any:
+        engine, optimizer = super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+        engine.checkpoint_engine = _checkpoint_engine()
+        return engine, optimizer
+
+    def _initialize_deepspeed_inference(self, model: Any) -> None:
+        if self.stage < 3:
+            # Every process holds all parameters: nothing to gather, so nothing to wrap.
+            self.model_to_device()
+            return
+        import deepspeed
+        from pytorch_lightning.strategies.deepspeed import remove_module_hooks
+
+        assert isinstance(self.config, dict)
+        keys = ("zero_allow_untested_optimizer", "zero_optimization", "fp16", "bf16", "torch_autocast")
+        config = {key: self.config[key] for key in keys if key in self.config}
+        remove_module_hooks(model)
+        self.model, *_ = deepspeed.initialize(
+            args=argparse.Namespace(device_rank=self.root_device.index),
+            config={"train_micro_batch_size_per_gpu": 1, **config},
+            model=model,
+            model_parameters=[],
+            dist_init_required=False,
+        )
+
+    # Checkpoints
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Save a directory, one part per process, whole or not at all.
+
+        Raises:
+            OSError: On every process, if one of them could not write; what was there before is untouched.
+        """
+        if storage_options is not None:
+            raise TypeError("Zero.save_checkpoint(storage_options=...) is not supported: leave it out.")
+        path = Path(self.broadcast(str(filepath)))
+        partial = partial_path(path)
+        client_state = {k: v for k, v in self.annotate(checkpoint).items() if k not in ("state_dict", "optimizer_states")}
+        engine = self.deepspeed_engine
+        engine.checkpoint_engine.failure = None
+        if self.is_global_zero:
+            remove(partial)
+        self.barrier()
+        engine.save_checkpoint(
+            str(partial),
+            client_state=client_state,
+            tag=PART,
+            exclude_frozen_parameters=self.exclude_frozen_parameters,
+        )
+        failures: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(failures, engine.checkpoint_engine.failure)
+        if self.is_global_zero and not any(failures):
+            try:
+                self._finish(partial, path, client_state[KEY]["description"])
+            except OSError as error:
+                failures[0] = str(error)
+        failures = self.broadcast(failures)
+        for rank, failure in enumerate(failures):
+            if failure:
+                if self.is_global_zero:
+                    remove(partial)
+                raise OSError(
+                    f"{path} could not be written by process {rank} ({failure}); "
+                    "the checkpoints written before are untouched."
+                )
+
+    @staticmethod
+    def _finish(partial: Path, path: Path, description: dict[str, Any]) -> None:
+        with (partial / MANIFEST).open("w", encoding="utf-8") as file:
+            json.dump(description, file, indent=1, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())
+        for folder in (partial / PART, partial):
+            sync_file(folder)
+        publish(partial, path)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Continue from a directory; for evaluation, take the weights of any checkpoint.
+
+        Raises:
+            InputError: If it is not a directory, incomplete, of another model, stage or number of processes.
+        """
+        path = Path(self.broadcast(str(checkpoint_path)))
+        trainer = self._trainer
+        assert trainer is not None and self.lightning_module is not None
+        if trainer.state.fn != TrainerFn.FITTING:
+            self.load_weights(path)
+            return {"state_dict": {}, "pytorch-lightning_version": pl.__version__}
+        if path.is_file():
+            raise InputError(
+                f"{path} is a file, written by a single process or DDP: resume it with strategy=single or strategy=ddp, "
+                "or start from its weights with kexue.strategies.load_weights."
+            )
+        if not path.exists():
+            raise InputError(f"{path}: no such checkpoint; give a folder of checkpoints/, or resume=auto for the newest.")
+        description = describe(path)
+        check_parameters(path, description["parameters"], self.parameter_shapes())
+        saved, now = description["world_size"], self.world_size
+        if saved != now:
+            raise InputError(
+                f"{path} was saved by {saved} processes, now {now}: ZeRO's parts belong to their processes, "
+                f"resume with trainer.devices={saved}."
+            )
+        if description["stage"] != self.stage:
+            raise InputError(
+                f"{path} was saved at stage {description['stage']}, now {self.stage}: "
+                f"resume with strategy=zero_{description['stage']}."
+            )
+        with tensors_only():
+            _, client_state = self.deepspeed_engine.load_checkpoint(
+                str(path), tag=PART, load_lr_scheduler_states=False, load_module_strict=self.lightning_module.strict_loading
+            )
+        self.restore_position(path, description, client_state[KEY]["position"])
+        return client_state
+
+    def load_weights(self, path: Path) -> None:
+        """Load the weights of any complete checkpoint into the module, also where its parameters are divided."""
+        if self.stage < 3:
+            super().load_weights(path)
+            return
+        weights = load_weights(path)
+        check_parameters(path, {name: tensor.shape for name, tensor in weights.items()}, self.parameter_shapes())
+        self._restore_zero_state({"state_dict": weights}, strict=True)
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Register nothing here; `kexue.strategies` registers all bases."""
+
+
+def _checkpoint_engine() -> Any:
+    """Make the object through which DeepSpeed reads and writes files: synced, and without running code from them."""
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    class SyncedCheckpointEngine(TorchCheckpointEngine):
+        failure: str | None = None
+
+        def save(self, state_dict: Any, path: str) -> None:
+            # An error on one process must not leave the others waiting: it is kept, and raised by all of them.
+            try:
+                with open(path, "wb") as file:
+                    torch.save(state_dict, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except (OSError, RuntimeError) as error:
+                self.failure = str(error) or type(error).__name__
+
+        def load(self, path: str, map_location: Any = None) -> Any:
+            with tensors_only():
+                return torch.load(path, map_location=map_location)
+
+    return SyncedCheckpointEngine()
+
+
+def _overlay(base: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in above.items():
+        below = result.get(key)
+        result[key] = _overlay(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
+    return result

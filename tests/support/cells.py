@@ -1,0 +1,259 @@
+"""The cells of the matrix technique x base: small modules, one way to train them, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from kexue.strategies import DDP, ActivationCheckpointing, Lookahead, SingleDevice, Zero
+
+TECHNIQUES = {
+    "none": lambda blocks: [],
+    "activation_checkpointing": lambda blocks: [ActivationCheckpointing(blocks)],
+    "lookahead": lambda blocks: [Lookahead(k=2, alpha=0.5)],
+    "both": lambda blocks: [ActivationCheckpointing(blocks), Lookahead(k=2, alpha=0.5)],
+}
+BASES = ("ddp", "zero_1", "zero_2", "zero_3")
+
+# Read once: Lightning deletes WORLD_SIZE when a run ends, and these processes train many cells in turn.
+WORLD, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+
+
+class Rows(Dataset):
+    """Fixed random rows: token ids and a class."""
+
+    def __init__(self, count: int, length: int = 6, vocab: int = 50, classes: int = 3) -> None:
+        generator = torch.Generator().manual_seed(7)
+        self.ids = torch.randint(3, vocab, (count, length), generator=generator)
+        self.labels = torch.randint(0, classes, (count,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"ids": self.ids[index], "labels": self.labels[index]}
+
+
+class Classifier(pl.LightningModule):
+    """What the modules below share. Written as anyone would: it knows nothing of kexue."""
+
+    def __init__(self, optimizer: str = "adamw", lr: float = 0.05, scheduler: bool = False) -> None:
+        super().__init__()
+        self.optimizer, self.lr, self.scheduler = optimizer, lr, scheduler
+        self.losses: list[float] = []
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = nn.functional.cross_entropy(self(batch["ids"]).float(), batch["labels"])
+        self.losses.append(loss.item())
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.log("val/loss", nn.functional.cross_entropy(self(batch["ids"]).float(), batch["labels"]), sync_dist=True)
+
+    test_step = validation_step
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self(batch["ids"]).argmax(-1)
+
+    def configure_optimizers(self) -> Any:
+        if self.optimizer == "sgd":
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(self.parameters(), lr=self.lr)
+        else:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr / 10)
+        if not self.scheduler:
+            return optimizer
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.7)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.inner = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * dim, dim))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.inner(self.norm(hidden))
+
+
+class PlainModule(Classifier):
+    """Blocks with weights of their own; offers `blocks()`."""
+
+    block_names: Any = None
+
+    def __init__(self, dropout: float = 0.0, shared: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        dim = 16
+        self.embed = nn.Embedding(50, dim)
+        self.layers = nn.ModuleList([Block(dim, dropout) for _ in range(1 if shared else 3)])
+        self.repeats = 3 if shared else 1
+        self.out = nn.Linear(dim, 3)
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.layers)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.embed(ids)
+        for _ in range(self.repeats):
+            for layer in self.layers:
+                hidden = layer(hidden)
+        return self.out(hidden.mean(1))
+
+
+class SharedModule(PlainModule):
+    """One block used three times, as in ALBERT."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(shared=True, **kwargs)
+
+
+class BertModule(Classifier):
+    """A LightningModule around a model of `transformers`, with no method for kexue at all."""
+
+    block_names = "BertLayer"
+
+    def __init__(self, dropout: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        from transformers import BertConfig, BertForSequenceClassification
+
+        config = BertConfig(
+            vocab_size=50,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=16,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+            num_labels=3,
+        )
+        self.bert = BertForSequenceClassification(config)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.bert(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+
+class ManualModule(PlainModule):
+    """Manual optimisation: its own accumulation of two batches and its own clipping-free step."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        loss = super().training_step(batch, batch_idx)
+        self.manual_backward(loss / 2)
+        if batch_idx % 2 == 1:
+            optimizer = self.optimizers()
+            optimizer.step()  # type: ignore[union-attr]
+            optimizer.zero_grad()  # type: ignore[union-attr]
+
+
+MODULES = {"plain": PlainModule, "shared": SharedModule, "bert": BertModule, "manual": ManualModule}
+
+
+def make_strategy(base: str, techniques: list[Any], **kwargs: Any) -> Any:
+    if base == "single":
+        return SingleDevice(techniques)
+    if base == "ddp":
+        return DDP(techniques, process_group_backend="gloo", **kwargs)
+    return Zero(stage=int(base[5]), techniques=techniques, **kwargs)
+
+
+def loader(rank: int, world: int, rows: int, batch: int, shuffle: bool = False, **kwargs: Any) -> DataLoader:
+    """Batches such that the union over ranks is the batch that one process would see."""
+    data = Rows(rows)
+    sampler = DistributedSampler(data, num_replicas=world, rank=rank, shuffle=shuffle)
+    return DataLoader(data, batch_size=batch // world, sampler=sampler, **kwargs)
+
+
+def train(
+    base: str,
+    techniques: str = "none",
+    module: str = "plain",
+    *,
+    epochs: int = 2,
+    rows: int = 24,
+    batch: int = 4,
+    accumulate: int = 1,
+    clip: float | None = None,
+    precision: Any = "32-true",
+    resume: str | None = None,
+    save: str | None = None,
+    save_at_step: int | None = None,
+    max_steps: int = -1,
+    shuffle: bool = False,
+    strategy: dict[str, Any] | None = None,
+    loader_options: dict[str, Any] | None = None,
+    stock: Any = None,
+    **module_options: Any,
+) -> dict[str, Any]:
+    """Train one cell and return its losses (mean over ranks), final weights and step count."""
+    warnings.filterwarnings("ignore")
+    pl.seed_everything(11, verbose=False)
+    model = MODULES[module](**module_options)
+    chosen = stock or make_strategy(base, TECHNIQUES[techniques](model.block_names), **(strategy or {}))
+    world, rank = WORLD, RANK
+    callbacks: list[pl.Callback] = [] if save_at_step is None else [_SaveAt(save_at_step, str(save))]
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy=chosen,
+        max_epochs=epochs,
+        max_steps=max_steps,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=clip,
+        precision=precision,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    )
+    # Ranks draw different dropout masks, as they would in a real run.
+    torch.manual_seed(100 + rank)
+    data = loader(rank, world, rows, batch, shuffle, **(loader_options or {}))
+    trainer.fit(model, data, ckpt_path=resume)
+    if save is not None and save_at_step is None:
+        trainer.save_checkpoint(save)
+    result = {"losses": _mean_over_ranks(model.losses, world), "step": trainer.global_step}
+    result["weights"] = full_weights(model)
+    return result
+
+
+def full_weights(model: pl.LightningModule) -> dict[str, Any]:
+    """Return the weights as arrays, gathered where ZeRO-3 has divided them."""
+    parameters = list(model.named_parameters())
+    if parameters and hasattr(parameters[0][1], "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([p for _, p in parameters]):
+            return {name: p.detach().float().clone().numpy() for name, p in parameters}
+    return {name: p.detach().float().clone().numpy() for name, p in parameters}
+
+
+def _mean_over_ranks(losses: list[float], world: int) -> list[float]:
+    if world == 1:
+        return losses
+    gathered: list[Any] = [None] * world
+    torch.distributed.all_gather_object(gathered, losses)
+    return [sum(values) / world for values in zip(*gathered, strict=True)]
+
+
+class _SaveAt(pl.Callback):
+    def __init__(self, batches: int, path: str) -> None:
+        self.batches, self.path = batches, path
+        self.seen = 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.seen += 1
+        if self.seen == self.batches:
+            trainer.save_checkpoint(self.path)
