@@ -257,3 +257,23 @@ class _SaveAt(pl.Callback):
         self.seen += 1
         if self.seen == self.batches:
             trainer.save_checkpoint(self.path)
+
+
+def run_all(cells: dict[Any, tuple[tuple[Any, ...], dict[str, Any]]]) -> dict[Any, Any]:
+    """Train many cells in this process, one after another; a cell that fails leaves its error as text."""
+    results: dict[Any, Any] = {}
+    for key, (args, kwargs) in cells.items():
+        try:
+            results[key] = train(*args, **kwargs)
+        except Exception as error:
+            results[key] = f"{type(error).__name__}: {error}"
+    return results
+
+
+def differences(run: Any, reference: Any) -> tuple[float, float]:
+    """Return the largest difference of the losses both runs have (from the end) and of the final weights."""
+    assert not isinstance(run, str), run
+    assert not isinstance(reference, str), reference
+    losses = max(abs(a - b) for a, b in zip(run["losses"][::-1], reference["losses"][::-1], strict=False))
+    weights = max(abs(run["weights"][name] - reference["weights"][name]).max() for name in reference["weights"])
+    return losses, float(weights)
