@@ -179,9 +179,9 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         return {name.removeprefix("module."): tensor for name, tensor in parts["module"].items()}
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with tensors_only(), open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence):
+    with tensors_only(), open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
         weights = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=PART)
-    return {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    return {name.removeprefix("module."): tensor.detach() for name, tensor in weights.items()}
 
 
 @contextlib.contextmanager

@@ -39,20 +39,36 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+class _Entries:
+    """Entries of a sampler after the first `count`, which are drawn at the first use or when `start` is called."""
+
+    def __init__(self, entries: Iterator[Any], count: int) -> None:
+        self.entries, self.count = entries, count
+
+    def start(self) -> None:
+        for _ in range(self.count):
+            next(self.entries, None)
+        self.count = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        self.start()
+        return next(self.entries)
+
+
 class _Skip:
-    """A sampler that leaves out its first entries, the first time it is used."""
+    """A sampler that leaves out its first entries, for as long as `count` is set."""
 
     def __init__(self, sampler: Any, count: int) -> None:
         self.sampler = sampler
         self.count = count
+        self.entries: _Entries | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        count, self.count = self.count, 0
-        iterator = iter(self.sampler)
-        # At once, not when the first batch is asked for: a shuffling sampler draws its seed with its first entry.
-        for _ in islice(iterator, count):
-            pass
-        return iterator
+        self.entries = _Entries(iter(self.sampler), self.count)
+        return self.entries
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -68,6 +84,8 @@ class Position:
         epoch_start: Random state when the current epoch's iterator was made (a shuffling sampler draws its seed there).
         before_fetch: Random state before the batch fetched last, when batches are fetched ahead of their use.
         fetched: Batches fetched in this epoch.
+        persistent: Whether the loader keeps its worker processes from epoch to epoch.
+        reused: Whether this epoch runs on workers of an earlier one: new workers draw a random number more.
         window: Batch index, random state and `before_fetch` at the start of the current accumulation window.
         pending: What a checkpoint said, until the next epoch iterator takes it.
     """
@@ -76,6 +94,8 @@ class Position:
         self.epoch_start: torch.Tensor | None = None
         self.before_fetch: torch.Tensor | None = None
         self.fetched = 0
+        self.persistent = False
+        self.reused = False
         self.window: dict[str, Any] | None = None
         self.pending: dict[str, Any] | None = None
 
@@ -87,12 +107,13 @@ class Position:
         """Describe the position after so many batches of this epoch, the last `open_batches` of them in a window whose
         step has not been taken: then the position is the start of the window."""
         if open_batches and self.window is not None:
-            return {**self.window, "epoch_start": self.epoch_start}
+            return {**self.window, "epoch_start": self.epoch_start, "reused": self.reused}
         return {
             "batches": batches,
             "random": random_state(),
             "epoch_start": self.epoch_start if batches else None,
             "before_fetch": self.before_fetch if self.fetched > batches else None,
+            "reused": self.reused if batches else self.persistent,
         }
 
 
@@ -124,11 +145,15 @@ class ResumableLoader:
         skip, after_first = 0, None
         if pending is not None:
             skip = pending["batches"]
+            if pending["reused"]:
+                iter(self.loader)  # starts the workers that the run had already
             set_random_state(pending["random"])
             if pending["epoch_start"] is not None:  # in the middle of an epoch: its order was drawn at its start
                 torch.set_rng_state(pending["epoch_start"])
                 if pending["before_fetch"] is not None:
                     after_first = pending["random"]
+        position.persistent = bool(getattr(self.loader, "persistent_workers", False))
+        position.reused = position.persistent and self.loader._iterator is not None
         position.epoch_start = torch.get_rng_state()
         position.fetched = skip
         iterator = self._start(skip)
@@ -152,14 +177,22 @@ class ResumableLoader:
         if not skip:
             return iter(loader)
         if isinstance(loader, DataLoader) and not isinstance(loader.dataset, torch.utils.data.IterableDataset):
-            name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-            # DataLoader forbids setting these; its iterator reads them once, when it is made.
-            original = loader.__dict__[name]
-            loader.__dict__[name] = _Skip(original, skip)
+            # An iterator takes the loader's sampler when it is made; persistent workers keep theirs.
+            holder, name = loader.__dict__, "sampler" if loader.batch_sampler is None else "batch_sampler"
+            if loader._iterator is not None:
+                holder, name = loader._iterator.__dict__, "_index_sampler"
+            original = holder[name]
+            holder[name] = sampler = _Skip(original, skip)
             try:
-                return iter(loader)
+                iterator = iter(loader)
             finally:
-                loader.__dict__[name] = original
+                holder[name] = original
+            # Now, not with the first batch: a shuffling sampler draws its seed with its first entry, and the random
+            # state is that of the epoch's start only until this function returns.
+            if sampler.entries is not None:
+                sampler.entries.start()
+            sampler.count = 0  # new persistent workers keep this sampler
+            return iterator
         iterator = iter(loader)
         for _ in islice(iterator, skip):
             pass

@@ -166,10 +166,12 @@ def make_strategy(base: str, techniques: list[Any], **kwargs: Any) -> Any:
     return Zero(stage=int(base[5]), techniques=techniques, **kwargs)
 
 
-def loader(rank: int, world: int, rows: int, batch: int, shuffle: bool = False, **kwargs: Any) -> DataLoader:
+def loader(rank: int, world: int, rows: int, batch: int, shuffle: bool | str = False, **kwargs: Any) -> DataLoader:
     """Batches such that the union over ranks is the batch that one process would see."""
     data = Rows(rows)
-    sampler = DistributedSampler(data, num_replicas=world, rank=rank, shuffle=shuffle)
+    if shuffle == "random":
+        return DataLoader(data, batch_size=batch // world, shuffle=True, **kwargs)
+    sampler = DistributedSampler(data, num_replicas=world, rank=rank, shuffle=bool(shuffle))
     return DataLoader(data, batch_size=batch // world, sampler=sampler, **kwargs)
 
 
@@ -188,7 +190,7 @@ def train(
     save: str | None = None,
     save_at_step: int | None = None,
     max_steps: int = -1,
-    shuffle: bool = False,
+    shuffle: bool | str = False,
     strategy: dict[str, Any] | None = None,
     loader_options: dict[str, Any] | None = None,
     stock: Any = None,

@@ -85,6 +85,12 @@ def _child(result: Path) -> None:
     spec.loader.exec_module(module)
     value = getattr(module, name)(*args, **kwargs)
     result.write_bytes(pickle.dumps(value))
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
+    sys.stdout.flush()
+    # gloo's threads may abort the interpreter's own exit while another rank is still busy.
+    os._exit(0)
 
 
 if __name__ == "__main__":

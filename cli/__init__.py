@@ -1,0 +1,1 @@
+"""The command line: the one place that knows Hydra, the configs and every other part of the package."""

@@ -1,0 +1,88 @@
+"""Entry of the console script `kexue`: finds the subcommand and turns what it raises into an exit code.
+
+A subcommand is a module of this package with a docstring (its help; the first line is shown by `kexue --help`) and
+`run(args: list[str]) -> int`. It imports torch, Hydra and the rest inside `run`, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from types import ModuleType
+
+from .. import __version__
+from ..errors import InputError
+from .errors import explain, suggest
+from .ranks import is_main_process, leave_message
+
+COMMANDS = ("fit", "test", "predict", "list")
+DONE, BUG, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: words after `kexue`; None takes those of this process.
+
+    Returns:
+        0 done, 2 the input is wrong (one line on stderr says what to type), 1 a bug (traceback), 130 interrupted.
+    """
+    try:
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except SystemExit as stop:
+        # Lightning answers Ctrl-C by leaving with 1, which would read as a bug.
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            return INTERRUPTED
+        raise
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            traceback.print_exc()
+            return BUG
+        if is_main_process():
+            print(f"kexue: {line}", file=sys.stderr)
+        else:
+            leave_message(line)
+        return WRONG_INPUT
+
+
+def _dispatch(args: list[str]) -> int:
+    command = args.pop(0) if args else "--help"
+    if command in ("-h", "--help", "help"):
+        print(_usage())
+        return DONE
+    if command == "--version":
+        print(f"kexue {__version__}")
+        return DONE
+    if command not in COMMANDS:
+        raise InputError(f"{command}: no such command; {suggest(command, COMMANDS)}")
+    module = _load(command)
+    if any(word in ("-h", "--help") for word in args):
+        print((module.__doc__ or "").strip())
+        return DONE
+    return module.run(args)
+
+
+def _load(command: str) -> ModuleType:
+    return importlib.import_module(f".{command}", __package__)
+
+
+def _usage() -> str:
+    lines = [f"  {name:<8} {(_load(name).__doc__ or '').splitlines()[0]}" for name in COMMANDS]
+    return "\n".join(
+        [
+            "usage: kexue COMMAND [KEY=VALUE ...]",
+            "",
+            *lines,
+            "",
+            "kexue COMMAND --help says more; kexue --version prints the version.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Records, readers with line-exact errors, tokenizers, DataModules and built-in generators."""

@@ -1,0 +1,254 @@
+"""JSON-lines files, read row by row: every wrong row is named by file and line, and none disappears silently."""
+
+import difflib
+import gzip
+import json
+import logging
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, TypeVar
+
+from ..errors import InputError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+OnBadRow = Literal["raise", "skip"]
+MAX_ROW_BYTES = 16 * 2**20
+"""A line beyond this is a whole document on one line, not a row; it is passed over without being held in memory."""
+MAX_RAW_CHARACTERS = 2000
+"""How much of a skipped row is kept in the list of bad rows."""
+
+
+class RowError(ValueError):
+    """What is wrong with one row and what to do about it; the reader adds file and line."""
+
+
+def read_rows(
+    path: str | Path,
+    parse: Callable[[dict[str, Any]], T],
+    *,
+    identity: Callable[[T], str] | None = None,
+    on_bad_row: OnBadRow = "raise",
+    bad_rows_file: str | Path | None = None,
+) -> Iterator[T]:
+    """Stream a file with one JSON object a line (UTF-8, with or without a byte-order mark; gzip is recognised).
+
+    Args:
+        path: the file.
+        parse: turns one object into a record, or raises `RowError`.
+        identity: gives the name (id, type) of a record, which no second row may have.
+        on_bad_row: "raise" stops at the first bad row; "skip" leaves it out and says so.
+        bad_rows_file: with "skip", the file to which bad rows are added, as JSON lines of `file`, `line`, `reason` and
+            `row`. A row that stands there already (a resumed run reads its data again) is not added twice.
+
+    Yields:
+        Records in the order of the file.
+
+    Raises:
+        InputError: no such file, a bad row with `on_bad_row="raise"`, a broken gzip stream, or not one usable row.
+    """
+    if on_bad_row not in ("raise", "skip"):
+        raise InputError(f"on_bad_row={on_bad_row!r}: use raise or skip")
+    path = require_file(path)
+    bad_rows = _BadRows(path, on_bad_row, bad_rows_file)
+    first_line: dict[str, int] = {}
+    num_rows = num_good = 0
+    for line, raw in _lines(path):
+        num_rows += 1
+        try:
+            record = parse(_object(raw))
+            if identity is not None:
+                name = identity(record)
+                if (earlier := first_line.setdefault(name, line)) != line:
+                    raise RowError(f"{name!r} stands in line {earlier} already; give every row its own")
+        except RowError as error:
+            bad_rows.reject(line, str(error), raw)
+            continue
+        num_good += 1
+        yield record
+    if num_rows == 0:
+        raise InputError(f"{path}: no rows, the file is empty; write one JSON object a line")
+    bad_rows.summarise(num_rows)
+    if num_good == 0:
+        raise InputError(f"{path}: no usable rows, all {num_rows} were skipped; use on_bad_row=raise to see why")
+
+
+def write_rows(rows: Iterable[dict[str, Any]], path: str | Path) -> int:
+    """Write one JSON object a line, whole or not at all: beside the file first, then moved into its place.
+
+    Returns:
+        The number of rows written.
+
+    Raises:
+        InputError: the place cannot be written to.
+    """
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is not a file that can be replaced; give the name of a file to write")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    num_rows = 0
+    try:
+        with _explain_write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with beside.open("w", encoding="utf-8", newline="\n") as file:
+                for row in rows:
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    num_rows += 1
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+    return num_rows
+
+
+def read_text(path: str | Path) -> str:
+    """Read a small text file whole (UTF-8, byte-order mark dropped, newlines kept as they are).
+
+    Raises:
+        InputError: no such file, or bytes that are not UTF-8.
+    """
+    path = require_file(path)
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}:{line}: {_not_utf8(error)}") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def require_file(path: str | Path) -> Path:
+    """Return the path of an existing file, or say what is there instead.
+
+    Raises:
+        InputError: a folder, or nothing (then with the names next to it that look alike).
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a directory; give a file in it, for example {_some_names(path)}")
+    if path.exists():
+        return path
+    missing = path
+    while not missing.parent.is_dir() and missing.parent != missing:
+        missing = missing.parent
+    names = sorted(entry.name for entry in missing.parent.iterdir()) if os.access(missing.parent, os.R_OK) else []
+    alike = difflib.get_close_matches(missing.name, names, n=3, cutoff=0.5)
+    what = "no such file" if missing == path else f"there is no {missing}"
+    hint = f"did you mean {' or '.join(alike)}?" if alike else f"{missing.parent} holds {_some_names(missing.parent)}"
+    raise InputError(f"{path}: {what}; {hint}")
+
+
+class _BadRows:
+    """Raises at a bad row, or files it and counts it."""
+
+    def __init__(self, source: Path, on_bad_row: OnBadRow, file: str | Path | None) -> None:
+        self.source = source
+        self.on_bad_row = on_bad_row
+        self.file = Path(file) if file is not None else None
+        self.num_skipped = 0
+        self._filed: set[tuple[str, int]] | None = None
+
+    def reject(self, line: int, reason: str, raw: bytes) -> None:
+        if self.on_bad_row == "raise":
+            raise InputError(f"{self.source}:{line}: {reason}")
+        self.num_skipped += 1
+        if self.file is None:
+            log.warning("%s:%d skipped: %s", self.source, line, reason)
+            return
+        if self._filed is None:
+            self._filed = self._already_filed(self.file)
+        if (str(self.source), line) in self._filed:
+            return
+        row = raw.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
+        if len(row) > MAX_RAW_CHARACTERS:
+            row = f"{row[:MAX_RAW_CHARACTERS]}... ({len(row)} characters)"
+        entry = {"file": str(self.source), "line": line, "reason": reason, "row": row}
+        with _explain_write_errors(self.file):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+    def summarise(self, num_rows: int) -> None:
+        if self.num_skipped:
+            where = f", reasons in {self.file}" if self.file is not None else ""
+            log.warning("%s: skipped %d of %d rows%s", self.source, self.num_skipped, num_rows, where)
+
+    @staticmethod
+    def _already_filed(file: Path) -> set[tuple[str, int]]:
+        filed = set()
+        if file.is_file():
+            for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
+                with suppress(ValueError, KeyError, TypeError):  # the last line of a killed run may be cut
+                    entry = json.loads(text)
+                    filed.add((entry["file"], entry["line"]))
+        return filed
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number, bytes) of the lines that are not blank."""
+    line = 0
+    try:
+        with path.open("rb") as plain:
+            compressed = plain.peek(2)[:2] == b"\x1f\x8b"
+            file: BinaryIO = gzip.GzipFile(fileobj=plain) if compressed else plain  # type: ignore[assignment]
+            while raw := file.readline(MAX_ROW_BYTES + 1):
+                line += 1
+                rest = raw
+                while len(rest) > MAX_ROW_BYTES and not rest.endswith(b"\n"):
+                    rest = file.readline(MAX_ROW_BYTES + 1)
+                if line == 1:
+                    raw = raw.removeprefix(b"\xef\xbb\xbf")
+                if raw.strip():
+                    yield line, raw
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}:{line + 1}: the gzip stream breaks here ({error}); fetch the file again") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from error
+
+
+def _object(raw: bytes) -> dict[str, Any]:
+    if len(raw) > MAX_ROW_BYTES:
+        raise RowError(f"the line is longer than {MAX_ROW_BYTES // 2**20} MiB; write one JSON object a line")
+    try:
+        content = json.loads(raw.rstrip(b"\r\n").decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise RowError(_not_utf8(error)) from error
+    except json.JSONDecodeError as error:
+        where = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+        raise RowError(f"not a whole JSON object ({where}); write one JSON object a line") from error
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"not a JSON object that can be read ({error}); write one JSON object a line") from error
+    if not isinstance(content, dict):
+        raise RowError(f"a JSON {type(content).__name__} and not an object; write one JSON object a line")
+    return content
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    byte = error.object[error.start]
+    column = error.start - (error.object.rfind(b"\n", 0, error.start) + 1)
+    return f"not UTF-8 (byte 0x{byte:02x} at byte {column + 1} of the line); save the file as UTF-8"
+
+
+def _some_names(folder: Path, limit: int = 5) -> str:
+    try:
+        names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError:
+        return "nothing that can be listed"
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "") or "nothing"
+
+
+@contextmanager
+def _explain_write_errors(path: Path) -> Iterator[None]:
+    """Turn an operating-system error inside the block into a line that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}); choose another place or make room there"
+        ) from error

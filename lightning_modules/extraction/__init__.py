@@ -1,0 +1,5 @@
+"""What is said in a text: events and, later, relations, entities and spans."""
+
+from .gplinker import EventGPLinker
+
+__all__ = ["EventGPLinker"]
