@@ -40,10 +40,10 @@ def _register() -> None:
         "kexue_single": (SingleDevice, "One device, with techniques", {}),
         "kexue_ddp": (DDP, "DDP, with techniques", {}),
         **{f"kexue_zero_{n}": (Zero, f"ZeRO stage {n} on GPUs or CPUs", {"stage": n}) for n in (1, 2, 3)},
-        "kexue_zero_2_offload": (Zero, "ZeRO stage 2, optimiser in CPU memory", {"stage": 2, "offload_optimizer": True}),
+        "kexue_zero_2_offload": (Zero, "ZeRO stage 2, state in CPU memory", {"stage": 2, "offload_optimizer": True}),
         "kexue_zero_3_offload": (
             Zero,
-            "ZeRO stage 3, optimiser and parameters in CPU memory",
+            "ZeRO stage 3, state and parameters in CPU memory",
             {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
         ),
     }

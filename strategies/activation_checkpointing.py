@@ -1,6 +1,7 @@
 """Activation checkpointing: keep the inputs of a block, run it again in the backward pass.
 
-Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost" (arXiv 1604.06174); Su Jianlin, kexue.fm/archives/7367.
+Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost" (arXiv 1604.06174);
+Su Jianlin, kexue.fm/archives/7367.
 """
 
 from __future__ import annotations
@@ -48,15 +49,20 @@ class _Recompute:
 
 @contextmanager
 def _frozen_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Keep BatchNorm from counting a batch twice: in training mode the output does not depend on the running values."""
+    """Keep BatchNorm from counting a batch twice: in training mode its output does not depend on the running values.
+
+    A momentum of 0 leaves them where they are; the layer still saves the same tensors for its backward pass.
+    """
     tracked = [norm for norm in norms if norm.track_running_stats and norm.training]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in tracked]  # type: ignore[union-attr]
     for norm in tracked:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm in tracked:
-            norm.track_running_stats = True
+        for norm, (momentum, batches) in zip(tracked, before, strict=True):
+            norm.momentum = momentum  # type: ignore[assignment]
+            norm.num_batches_tracked.copy_(batches)  # type: ignore[union-attr]
 
 
 def checkpoint_blocks(blocks: Sequence[nn.Module]) -> None:
@@ -74,7 +80,8 @@ def checkpoint_blocks(blocks: Sequence[nn.Module]) -> None:
     """
     for block in blocks:
         if isinstance(block.__dict__.get("forward"), _Recompute):
-            raise ValueError(f"checkpoint_blocks: a {type(block).__name__} is checkpointed already; restore_blocks first.")
+            name = type(block).__name__
+            raise ValueError(f"checkpoint_blocks: a {name} is checkpointed already; call restore_blocks first.")
         block.forward = _Recompute(block)
 
 

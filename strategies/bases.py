@@ -10,9 +10,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from pytorch_lightning.trainer.states import TrainerFn
-from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from ..errors import InputError
 from .checkpoints import KEY, AtomicCheckpointIO, check_parameters, load_weights
@@ -28,6 +28,8 @@ class TechniqueMixin(Strategy):
     """
 
     name: str
+    world_size: int
+    global_rank: int
     techniques: tuple[Technique, ...]
 
     def _carry(self, techniques: Iterable[Technique]) -> None:
@@ -126,7 +128,8 @@ class TechniqueMixin(Strategy):
     def describe_run(self) -> dict[str, Any]:
         """Return what a checkpoint says of itself, see `checkpoints.describe`."""
         module, trainer = self.lightning_module, self._trainer
-        assert module is not None and trainer is not None
+        assert module is not None
+        assert trainer is not None
         return {
             "base": self.name,
             "stage": getattr(self, "stage", None),
@@ -147,8 +150,8 @@ class TechniqueMixin(Strategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Remember where each window of accumulated batches starts."""
         super().on_train_batch_start(batch, batch_idx)
-        trainer = self._trainer
-        if trainer is not None and trainer.accumulate_grad_batches > 1 and batch_idx % trainer.accumulate_grad_batches == 0:
+        batches = 1 if self._trainer is None else self._trainer.accumulate_grad_batches
+        if batches > 1 and batch_idx % batches == 0:
             self._position.start_window(batch_idx)
 
     def annotate(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +162,7 @@ class TechniqueMixin(Strategy):
         trainer = self._trainer
         assert trainer is not None
         progress = trainer.fit_loop.epoch_loop.batch_progress
-        done = 0 if progress.is_last_batch else progress.current.processed
+        done = 0 if progress.is_last_batch else progress.current.processed  # type: ignore[attr-defined]
         open_batches = done % trainer.accumulate_grad_batches
         own = self._position.state(done, open_batches)
         positions: list[Any] = [own]

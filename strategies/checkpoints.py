@@ -1,11 +1,14 @@
 """Checkpoints that appear whole or not at all, say what they are, and load no code.
 
-A single process and DDP write a file; ZeRO writes a directory with one part per process and, last of all, a description.
+A single process and DDP write a file; ZeRO writes a directory with one part per process and, last of all, a
+description.
 """
 
 from __future__ import annotations
 
 import contextlib
+import difflib
+import io
 import json
 import os
 import pickle
@@ -61,11 +64,11 @@ def publish(partial: Path, path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         aside = path.with_name(f"{path.name}.old")
         remove(aside)
-        os.rename(path, aside)
-        os.rename(partial, path)
+        path.rename(aside)
+        partial.rename(path)
         remove(aside)
     else:
-        os.replace(partial, path)
+        partial.replace(path)
     sync_file(path.parent)
 
 
@@ -130,7 +133,7 @@ def _stage(path: Path) -> int:
 
 
 def is_complete(path: Path) -> bool:
-    """Tell whether a checkpoint is there as a whole: a file (written by rename), or a directory with its description."""
+    """Tell whether a checkpoint is there as a whole: a file (named when done), or a directory with its description."""
     return path.is_file() or (path / MANIFEST).is_file()
 
 
@@ -154,7 +157,7 @@ def describe(path: Path) -> dict[str, Any]:
         manifest = path / MANIFEST
         if not manifest.is_file():
             raise InputError(
-                f"{path} is not a complete checkpoint ({MANIFEST} is missing); use resume=auto for the newest complete one."
+                f"{path} is not a complete checkpoint ({MANIFEST} is missing); resume=auto takes the newest."
             )
         return json.loads(manifest.read_text(encoding="utf-8"))
     return read_file(path, mmap=True).get(KEY, {}).get("description", {})
@@ -179,8 +182,10 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         return {name.removeprefix("module."): tensor for name, tensor in parts["module"].items()}
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with tensors_only(), open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+    silence = io.StringIO()  # the function prints its progress
+    with tensors_only(), contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
         weights = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=PART)
+    assert weights is not None
     return {name.removeprefix("module."): tensor.detach() for name, tensor in weights.items()}
 
 
@@ -222,10 +227,14 @@ def check_parameters(path: Path, saved: Mapping[str, Any], present: Mapping[str,
         return
     parts = []
     if missing:
-        parts.append(f"{len(missing)} weights of the model are not in it (first: {missing[0]})")
+        near = difflib.get_close_matches(missing[0], unused, n=1)
+        hint = f", nearest there: {near[0]}" if near else ""
+        parts.append(f"{len(missing)} weights of the model are not in it (first: {missing[0]}{hint})")
     if unused:
         parts.append(f"{len(unused)} of its weights have no place (first: {unused[0]})")
     if shapes:
-        name = shapes[0]
-        parts.append(f"{len(shapes)} differ in shape (first: {name}, {tuple(saved[name])} against {tuple(present[name])})")
-    raise InputError(f"{path} is a checkpoint of another model: {'; '.join(parts)}. Give the config it was trained with.")
+        first, there, here = shapes[0], tuple(saved[shapes[0]]), tuple(present[shapes[0]])
+        parts.append(f"{len(shapes)} differ in shape (first: {first}, {there} against {here})")
+    raise InputError(
+        f"{path} is a checkpoint of another model: {'; '.join(parts)}. Use the config it was trained with."
+    )

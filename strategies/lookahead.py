@@ -24,7 +24,7 @@ STEP = "lookahead_step"
 def lookahead_sync(fast: Sequence[Tensor], slow: Sequence[Tensor], alpha: float) -> None:
     """Move the slow weights towards the fast ones and put the fast ones there, in place.
 
-    `slow += alpha * (fast - slow)`, then `fast = slow`: two passes per device and dtype, whatever the number of tensors.
+    `slow += alpha * (fast - slow)`, then `fast = slow`: two calls per device and dtype, however many tensors there are.
 
     Args:
         fast: The weights that the inner optimiser moves.
@@ -37,8 +37,8 @@ def lookahead_sync(fast: Sequence[Tensor], slow: Sequence[Tensor], alpha: float)
         bucket[0].append(f)
         bucket[1].append(s)
     for fasts, slows in buckets.values():
-        torch._foreach_lerp_(slows, fasts, alpha)
-        torch._foreach_copy_(fasts, slows)
+        torch._foreach_lerp_(slows, fasts, alpha)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_copy_(fasts, slows)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class LookaheadOptimizer(Optimizer):

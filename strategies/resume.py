@@ -1,6 +1,6 @@
-"""Where a run stands: the position in the data and the random numbers, so that a resumed run sees what it would have seen.
+"""Where a run stands: its position in the data and its random numbers, so that it goes on as if never interrupted.
 
-Lightning restores weights, optimisers and counters, but starts the data of a broken-off epoch again from its first batch.
+Lightning restores weights, optimisers and counters, but starts the data of a broken-off epoch again at its first batch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 def random_state() -> dict[str, Any]:
     """Return the state of every random number generator of this process, as tensors and plain data."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the generator that other libraries draw from
     state = {
         "python": random.getstate(),
         "numpy": (kind, [int(key) for key in keys], int(position), int(has_gauss), float(cached)),  # type: ignore[union-attr]
@@ -33,7 +33,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -56,5 +56,6 @@ def check_techniques(owner: str, techniques: Iterable[Technique]) -> tuple[Techn
     kinds = [type(technique) for technique in techniques]
     for kind in kinds:
         if kinds.count(kind) > 1:
-            raise TypeError(f"{owner}(techniques=[...]): {kind.__name__} is given {kinds.count(kind)} times, give it once.")
+            times = kinds.count(kind)
+            raise TypeError(f"{owner}(techniques=[...]): {kind.__name__} is given {times} times, give it once.")
     return techniques

@@ -11,16 +11,17 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.seed import reset_seed
 from pytorch_lightning.accelerators.cuda import CUDAAccelerator
 from pytorch_lightning.plugins.precision.deepspeed import DeepSpeedPrecision
 from pytorch_lightning.strategies import DeepSpeedStrategy
 from pytorch_lightning.trainer.states import TrainerFn
-from lightning_fabric.utilities.seed import reset_seed
 
 from ..errors import InputError
 from .bases import TechniqueMixin
@@ -53,7 +54,7 @@ class ZeroPrecision(DeepSpeedPrecision):
         """Leave inputs to autocast for the mixed precisions; cast them for the others."""
         return data if "mixed" in self.precision else super().convert_input(data)
 
-    def backward(self, tensor: torch.Tensor, model: pl.LightningModule, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+    def backward(self, tensor: torch.Tensor, model: pl.LightningModule, _: Any, *args: Any, **kwargs: Any) -> None:
         """Run the engine's backward pass on a loss that Lightning has already divided by the accumulated batches."""
         engine: Any = model.trainer.strategy.model
         if model.automatic_optimization:
@@ -144,7 +145,7 @@ class Zero(TechniqueMixin, DeepSpeedStrategy):
     @precision_plugin.setter
     def precision_plugin(self, plugin: Any) -> None:
         if isinstance(plugin, DeepSpeedPrecision) and not isinstance(plugin, ZeroPrecision):
-            plugin = ZeroPrecision(plugin.precision)
+            plugin = ZeroPrecision(plugin.precision)  # type: ignore[arg-type]
         self._precision_plugin = plugin
 
     @property
@@ -159,7 +160,8 @@ class Zero(TechniqueMixin, DeepSpeedStrategy):
 
     def _format_config(self) -> None:
         config, module = self.config, self.lightning_module
-        assert isinstance(config, dict) and module is not None
+        assert isinstance(config, dict)
+        assert module is not None
         trainer = module.trainer
         precision = self.precision_plugin.precision
         if precision.endswith("-true") and precision != "32-true":
@@ -217,7 +219,7 @@ class Zero(TechniqueMixin, DeepSpeedStrategy):
             args=argparse.Namespace(device_rank=self.root_device.index),
             config={"train_micro_batch_size_per_gpu": 1, **config},
             model=model,
-            model_parameters=[],
+            model_parameters=[],  # type: ignore[arg-type]
             dist_init_required=False,
         )
 
@@ -233,8 +235,9 @@ class Zero(TechniqueMixin, DeepSpeedStrategy):
             raise TypeError("Zero.save_checkpoint(storage_options=...) is not supported: leave it out.")
         path = Path(self.broadcast(str(filepath)))
         partial = partial_path(path)
-        client_state = {k: v for k, v in self.annotate(checkpoint).items() if k not in ("state_dict", "optimizer_states")}
-        engine = self.deepspeed_engine
+        ours = {"state_dict", "optimizer_states"}  # the engine writes these, divided
+        client_state = {key: value for key, value in self.annotate(checkpoint).items() if key not in ours}
+        engine: Any = self.deepspeed_engine
         engine.checkpoint_engine.failure = None
         if self.is_global_zero:
             remove(partial)
@@ -280,17 +283,18 @@ class Zero(TechniqueMixin, DeepSpeedStrategy):
         """
         path = Path(self.broadcast(str(checkpoint_path)))
         trainer = self._trainer
-        assert trainer is not None and self.lightning_module is not None
+        assert trainer is not None
+        assert self.lightning_module is not None
         if trainer.state.fn != TrainerFn.FITTING:
             self.load_weights(path)
-            return {"state_dict": {}, "pytorch-lightning_version": pl.__version__}
+            return {"state_dict": {}, "pytorch-lightning_version": version("pytorch-lightning")}
         if path.is_file():
             raise InputError(
-                f"{path} is a file, written by a single process or DDP: resume it with strategy=single or strategy=ddp, "
-                "or start from its weights with kexue.strategies.load_weights."
+                f"{path} is a file, written by a single process or DDP: "
+                "resume it with strategy=single or strategy=ddp, or use kexue.strategies.load_weights."
             )
         if not path.exists():
-            raise InputError(f"{path}: no such checkpoint; give a folder of checkpoints/, or resume=auto for the newest.")
+            raise InputError(f"{path}: no such checkpoint; give a folder of checkpoints/, or resume=auto.")
         description = describe(path)
         check_parameters(path, description["parameters"], self.parameter_shapes())
         saved, now = description["world_size"], self.world_size
@@ -306,8 +310,12 @@ class Zero(TechniqueMixin, DeepSpeedStrategy):
             )
         with tensors_only():
             _, client_state = self.deepspeed_engine.load_checkpoint(
-                str(path), tag=PART, load_lr_scheduler_states=False, load_module_strict=self.lightning_module.strict_loading
+                str(path),
+                tag=PART,
+                load_lr_scheduler_states=False,
+                load_module_strict=self.lightning_module.strict_loading,
             )
+        assert client_state is not None
         self.restore_position(path, description, client_state[KEY]["position"])
         return client_state
 
@@ -335,7 +343,7 @@ def _checkpoint_engine() -> Any:
         def save(self, state_dict: Any, path: str) -> None:
             # An error on one process must not leave the others waiting: it is kept, and raised by all of them.
             try:
-                with open(path, "wb") as file:
+                with Path(path).open("wb") as file:
                     torch.save(state_dict, file)
                     file.flush()
                     os.fsync(file.fileno())

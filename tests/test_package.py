@@ -28,7 +28,7 @@ INSIDE = {
     "lightning_modules": {"lightning_modules", "nn", "data.records", "errors"},
     "conf": set(),
 }
-MATHS = {"torch", "numpy", "scipy", "safetensors", "huggingface_hub"}
+MATHS = {"torch", "torchmetrics", "numpy", "scipy", "safetensors", "huggingface_hub"}
 OUTSIDE = {"": set(), "nn": MATHS, "analysis": MATHS, "conf": set()}
 ONLY_CLI = {"hydra", "omegaconf"}
 NEVER = {

@@ -49,7 +49,9 @@ class FactoredScores:
 
     def select(self, rows: Tensor, heads: Tensor) -> Tensor:
         """Matrices `(K, T, T)` of the given sentences and heads, both `(K,)`."""
-        return (self.shared[rows] + self.start[rows, heads, :, None]).add_(self.end[rows, heads, None, :])
+        # A sentence is selected many times: the gradient of `index_select` sums them in a fixed order, that of [] does not.
+        shared = self.shared.index_select(0, rows)
+        return (shared + self.start[rows, heads, :, None]).add_(self.end[rows, heads, None, :])
 
     def logsumexp(self) -> Tensor:
         """Logarithm of the summed exponentials of each matrix, `(B, H)`.

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, described, refused with a reason, and readable without the processes that wrote them."""
+"""Checkpoints: whole or not at all, described, refused with a reason, readable without their processes."""
 
 from __future__ import annotations
 

@@ -41,9 +41,7 @@ KEYS = list(CELLS)
 
 @pytest.fixture(scope="module")
 def two_ranks() -> dict[Any, Any]:
-    cells = {
-        (base, *key): ((base, key[1], key[0]), options) for base in BASES for key, options in CELLS.items()
-    }
+    cells = {(base, *key): ((base, key[1], key[0]), options) for base in BASES for key, options in CELLS.items()}
     return run_ranks(run_all, 2, cells, timeout=800)[0]
 
 
@@ -61,7 +59,7 @@ def test_zero_equals_ddp(base: str, key: tuple[str, str, str], two_ranks: dict[A
 
 
 @pytest.mark.parametrize("key", KEYS, ids="-".join)
-def test_two_processes_equal_one(key: tuple[str, str, str], two_ranks: dict[Any, Any], one_rank: dict[Any, Any]) -> None:
+def test_two_processes_equal_one(key: tuple[str, ...], two_ranks: dict[Any, Any], one_rank: dict[Any, Any]) -> None:
     losses, weights = differences(two_ranks[("ddp", *key)], one_rank[key])
     assert losses <= TOLERANCE_SINGLE
     assert weights <= TOLERANCE_SINGLE

@@ -1,4 +1,4 @@
-"""Run a plain function in several gloo processes: each gets the environment of a launched rank and returns its result."""
+"""Run a plain function in several gloo processes, each with the environment of a launched rank."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 600, **kwargs: Any) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 600, **kwargs: Any) -> list:
     """Call `function(*args, **kwargs)` in `world_size` new processes and return their results in the order of ranks.
 
     The function is found again by file and name, so it must stand at the top level of its file. Arguments and results
@@ -79,7 +79,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
 def _child(result: Path) -> None:
     file, name, args, kwargs = pickle.loads(Path(os.environ["KEXUE_RANK_CALL"]).read_bytes())
     spec = importlib.util.spec_from_file_location(f"rank_call_{Path(file).stem}", file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
