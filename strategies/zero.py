@@ -38,6 +38,7 @@ from .checkpoints import (
     sync_file,
     tensors_only,
 )
+from .gloo import suit_deepspeed
 from .technique import Technique
 
 
@@ -100,7 +101,7 @@ class Zero(TechniqueMixin, DeepSpeedStrategy):
         try:
             import deepspeed  # noqa: F401
         except ImportError as error:
-            raise ImportError("Zero needs DeepSpeed: pip install 'deepspeed>=0.19,<0.20'") from error
+            raise ImportError("Zero needs DeepSpeed: pip install 'deepspeed>=0.19.8,<0.20'") from error
         super().__init__(
             stage=stage, offload_optimizer=offload_optimizer, offload_parameters=offload_parameters, **kwargs
         )
@@ -108,6 +109,7 @@ class Zero(TechniqueMixin, DeepSpeedStrategy):
         assert isinstance(self.config, dict)
         # The optimiser is the module's own (torch's, perhaps wrapped), not DeepSpeed's CPU Adam.
         self.config["zero_force_ds_cpu_optimizer"] = False
+        self._chosen = {*kwargs, *(config or {}).get("zero_optimization", {})}
         self.config = _overlay(self.config, config or {})
         self._carry(techniques)
 
@@ -134,6 +136,7 @@ class Zero(TechniqueMixin, DeepSpeedStrategy):
         reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()
+        suit_deepspeed()
 
     # Precision and accumulation: what DDP does
 
@@ -170,6 +173,7 @@ class Zero(TechniqueMixin, DeepSpeedStrategy):
             # No module is listed as safe to reduce in low precision: gradients travel in float32, as under DDP.
             section = {"enabled": True, "dtype": "bfloat16" if precision.startswith("bf16") else "float16"}
             config.setdefault("torch_autocast", {**section, "lower_precision_safe_modules": []})
+        self._suit_settings(config["zero_optimization"], clip=bool(trainer.gradient_clip_val))
         config.setdefault("train_micro_batch_size_per_gpu", 1)  # only used for DeepSpeed's own throughput log
         config.setdefault("gradient_clipping", trainer.gradient_clip_val or 0.0)
         if module.automatic_optimization:
@@ -181,6 +185,22 @@ class Zero(TechniqueMixin, DeepSpeedStrategy):
             config["gradient_accumulation_steps"] = 2
             if self.stage != 2:
                 config["zero_optimization"]["overlap_comm"] = False
+
+    def _suit_settings(self, zero: dict[str, Any], clip: bool) -> None:
+        """Choose what the user has not: settings that cost nothing where Lightning's defaults cost time."""
+        chosen: dict[str, Any] = {}
+        if not isinstance(self.accelerator, CUDAAccelerator):
+            # Buckets that stay in the cache; a CPU has no second stream to overlap with.
+            chosen = {"reduce_bucket_size": 4_000_000, "overlap_comm": False}
+        if (
+            self.stage < 3
+            and not clip
+            and "offload_optimizer" not in zero
+            and "16-" not in self.precision_plugin.precision
+        ):
+            # Nobody asks for the norm, and with it DeepSpeed skips steps whose gradients are not finite, silently.
+            chosen["compute_grad_norm"] = False
+        zero.update({key: value for key, value in chosen.items() if key not in self._chosen})
 
     # Techniques
 

@@ -49,7 +49,7 @@ class FactoredScores:
 
     def select(self, rows: Tensor, heads: Tensor) -> Tensor:
         """Matrices `(K, T, T)` of the given sentences and heads, both `(K,)`."""
-        # A sentence is selected many times: the gradient of `index_select` sums them in a fixed order, that of [] does not.
+        # A sentence is selected many times; index_select sums its gradients in a fixed order, indexing by [] does not.
         shared = self.shared.index_select(0, rows)
         return (shared + self.start[rows, heads, :, None]).add_(self.end[rows, heads, None, :])
 

@@ -81,6 +81,7 @@ def _child(result: Path) -> None:
     spec = importlib.util.spec_from_file_location(f"rank_call_{Path(file).stem}", file)
     assert spec is not None
     assert spec.loader is not None
+    sys.path.insert(0, str(Path(file).parent))
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
