@@ -1,12 +1,15 @@
 """Event decoding: sentences/s of kexue, of the rule's plain recursion, and of networkx, from the same score matrices.
 
-Each sentence holds one event type whose arguments form a random graph. All three read the nodes from the same matrices
-with one array operation, and all give the same events, which is checked before anything is timed; the last column is
-the search for cliques alone. kexue decodes a batch at once; the rows of batch 1 show what is left without that. The
-recursion explodes on dense graphs: it gets `--limit` seconds a row, and where that is not enough for one sentence, its
-speed is an upper bound and the ratio to it a lower one.
+Each sentence holds one event type. Its arguments form a random graph of the given density, or, in the rows named
+"shared", what events make: 2 to 5 cliques that cover the nodes and share some of them. All three give the same events,
+which is checked before anything is timed. The peers read nodes and links of a sentence with a few array operations.
 
-    python benchmarks/event_decoding.py [--json FILE] [--repeats 5] [--limit 5]
+Three comparisons with networkx: from scores to events; cliques alone from graphs that are ready, both as Python lists;
+and the same with our cliques as the arrays that the search returns. "1000 by 64" decodes 1000 sentences in batches.
+The recursion explodes on dense graphs: it gets `--limit` seconds a row, and where that is not enough for one sentence,
+its speed is an upper bound and the ratio to it a lower one.
+
+    python benchmarks/event_decoding.py [--json FILE] [--repeats 5] [--limit 1] [--nodes 10 20 30] [--sentences 1000]
 """
 
 from __future__ import annotations
@@ -35,31 +38,47 @@ class OutOfTime(Exception):
     """The recursion has used up its time."""
 
 
-def sentences(nodes: int, density: float, count: int) -> tuple[Scores, list[nx.Graph]]:
-    """Score matrices of sentences whose arguments form random graphs, and the graphs."""
-    graphs = [nx.gnp_random_graph(nodes, density, seed=seed) for seed in range(count)]
+def shared_cliques(nodes: int, seed: int) -> nx.Graph:
+    """The graph of 2 to 5 events: each node is an argument of one, and one in five of a second one too."""
+    random = np.random.default_rng(seed)
+    events = 2 + seed % 4
+    member = np.zeros((nodes, events), dtype=bool)
+    member[np.arange(nodes), random.integers(events, size=nodes)] = True
+    both = random.random(nodes) < 0.2
+    member[both, random.integers(events, size=both.sum())] = True
+    linked = member @ member.T
+    return nx.from_edgelist(zip(*np.triu(linked).nonzero(), strict=True))
+
+
+def sentences(nodes: int, kind: float | str, count: int) -> tuple[Scores, list[nx.Graph]]:
+    """Score matrices of sentences whose arguments form graphs of one kind, and the graphs."""
+    if isinstance(kind, str):
+        graphs = [shared_cliques(nodes, seed) for seed in range(count)]
+    else:
+        graphs = [nx.gnp_random_graph(nodes, kind, seed=seed) for seed in range(count)]
+    for graph in graphs:
+        graph.remove_edges_from(list(nx.selfloop_edges(graph)))
     place = np.arange(nodes)
-    edges = np.stack([nx.to_numpy_array(graph, dtype=bool) for graph in graphs])
+    edges = matrices(graphs)
     arguments = -torch.ones(count, len(LABELS), nodes, nodes)
     arguments[:, place % len(LABELS), place, place] = 1
     links = torch.from_numpy(np.where(np.triu(edges), 1.0, -1.0).astype(np.float32))
     return (arguments, links, links.clone()), graphs
 
 
+def matrices(graphs: list[nx.Graph]) -> np.ndarray:
+    return np.stack([nx.to_numpy_array(graph, nodelist=range(len(graph)), dtype=bool) for graph in graphs])
+
+
 def nodes_and_links(scores: Scores) -> Iterator[tuple[list[Node], list[tuple[int, int]]]]:
     """What both peers start from: the nodes of each sentence and its linked pairs."""
     for arguments, heads, tails in zip(*((part.numpy() > 0) for part in scores), strict=True):
-        found = sorted(zip(*(part.tolist() for part in arguments.nonzero()), strict=True), key=lambda cell: cell[1:])
-        nodes = [(LABELS[label][1], start, end) for label, start, end in found]
-        head, tail = heads.tolist(), tails.tolist()
-        yield (
-            nodes,
-            [
-                (one, other)
-                for (one, (_, i, j)), (other, (_, k, m)) in combinations(enumerate(nodes), 2)
-                if head[min(i, k)][max(i, k)] and tail[min(j, m)][max(j, m)]
-            ],
-        )
+        label, start, end = arguments.nonzero()
+        nodes = [(LABELS[i][1], j, k) for i, j, k in zip(label.tolist(), start.tolist(), end.tolist(), strict=True)]
+        head, tail = heads | heads.T, tails | tails.T  # only cells i <= j hold anything
+        one, other = (head[start[:, None], start] & tail[end[:, None], end]).nonzero()
+        once = one < other
+        yield nodes, list(zip(one[once].tolist(), other[once].tolist(), strict=True))
 
 
 def recursive_cliques(chosen: frozenset[int], near: list[set[int]], deadline: float) -> set[frozenset[int]]:
@@ -125,38 +144,46 @@ def timed(function: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def measure(nodes: int, density: float, batch: int, count: int, repeats: int, limit: float) -> dict[str, Any]:
+def measure(nodes: int, kind: float | str, batch: int, count: int, repeats: int, limit: float) -> dict[str, Any]:
     """One row of the table."""
-    scores, graphs = sentences(nodes, density, count)
-    edges = np.stack([nx.to_numpy_array(graph, dtype=bool) for graph in graphs])
+    scores, graphs = sentences(nodes, kind, count)
+    edges = matrices(graphs)
     expected = [in_any_order(events) for events in by_networkx(scores)]
     assert [in_any_order(events) for events in by_kexue(scores, batch)] == expected
     recursive, speed = by_recursion(scores, limit)
     assert [in_any_order(events) for events in recursive] == expected[: len(recursive)]
 
-    def our_cliques() -> None:
+    def our_arrays() -> None:
+        for first in range(0, count, batch):
+            batched_maximal_cliques(edges[first : first + batch])
+
+    def our_cliques() -> list[tuple[int, ...]]:
+        cliques: list[tuple[int, ...]] = []
         for first in range(0, count, batch):
             _, members, ends = batched_maximal_cliques(edges[first : first + batch])
-            listed = members.tolist()
-            [listed[begin:end] for begin, end in pairwise([0, *ends.tolist()])]
+            listed = tuple(members.tolist())
+            cliques += [listed[begin:end] for begin, end in pairwise([0, *ends.tolist()])]
+        return cliques
 
     runs = {
         "kexue": lambda: timed(lambda: by_kexue(scores, batch)),
         "networkx": lambda: timed(lambda: by_networkx(scores)),
+        "our arrays": lambda: timed(our_arrays),
         "our cliques": lambda: timed(our_cliques),
         "their cliques": lambda: timed(lambda: [list(nx.find_cliques(graph)) for graph in graphs]),
     }
     times = in_turn(runs, repeats)
     ours, spread = median_and_spread([count / seconds for seconds in times["kexue"]])
     theirs, _ = median_and_spread([count / seconds for seconds in times["networkx"]])
-    cliques, _ = median_and_spread(
-        [them / us for us, them in zip(times["our cliques"], times["their cliques"], strict=True)]
+    cliques, arrays = (
+        median_and_spread([them / us for us, them in zip(times[name], times["their cliques"], strict=True)])[0]
+        for name in ("our cliques", "our arrays")
     )
     bound = "" if recursive else ">"
     return {
         "nodes": nodes,
-        "density": density,
-        "batch": batch,
+        "density": kind,
+        "batch": batch if count <= batch or batch == 1 else f"{count} by {batch}",
         "events a sentence": round(sum(map(len, expected)) / count, 1),
         "kexue, sentences/s": round(ours),
         "spread": round(spread),
@@ -166,6 +193,7 @@ def measure(nodes: int, density: float, batch: int, count: int, repeats: int, li
         "sentences it did": f"{len(recursive)} of {count}",
         "ratio to it": f"{bound}{ours / speed:.3g}",
         "cliques only, ratio to networkx": f"{cliques:.1f}",
+        "as arrays": f"{arrays:.1f}",
     }
 
 
@@ -173,15 +201,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="file to write the figures to")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--limit", type=float, default=5.0, help="seconds for the recursion on a row")
-    parser.add_argument("--sentences", type=int, default=64)
+    parser.add_argument("--limit", type=float, default=1.0, help="seconds for the recursion on a row")
+    parser.add_argument("--sentences", type=int, default=1000, help="how many to decode in batches of 64")
+    parser.add_argument("--nodes", type=int, nargs="+", default=[10, 20, 30])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    sizes = [(nodes, density) for nodes in (10, 20, 30) for density in (0.5, 0.7, 0.9)]
     rows = [
-        measure(nodes, density, batch, options.sentences, options.repeats, options.limit)
-        for batch in (options.sentences, 1)
-        for nodes, density in sizes
+        measure(nodes, kind, batch, count, options.repeats, options.limit)
+        for batch, count in ((64, 64), (64, options.sentences), (1, 64))
+        for nodes in options.nodes
+        for kind in (0.5, 0.7, 0.9, "shared")
     ]
     report("event decoding", rows, options.json)
 

@@ -1,7 +1,8 @@
 """ZeRO 1, 2, 3 on two CPU processes: bytes per process (counted) and step time, beside DDP and Lightning's settings.
 
 A 20 M-parameter MLP with AdamW in float32. The peer is Lightning's own `DeepSpeedStrategy` with its default settings;
-only its refusal of CPUs is lifted. All contenders train in turn in the same two processes, several times over.
+only its refusal of CPUs is lifted. Each turn starts two processes for DDP and our stages, and two for DDP and the
+peer's; the ratio is to the DDP of the same processes.
 
     OMP_NUM_THREADS=1 python benchmarks/zero.py [--repeats 5] [--steps 12] [--json FILE]
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
 import time
 import warnings
@@ -19,8 +21,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from common import report
-from lightning_fabric.utilities.seed import reset_seed
-from pytorch_lightning.strategies import DeepSpeedStrategy
+from stock import StockOnCPU
 from torch import Tensor, nn
 
 from kexue.strategies import DDP, Zero
@@ -29,22 +30,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 from ranks import run_ranks
 
 WORLD = int(os.environ.get("WORLD_SIZE", "2"))
-
-
-class StockOnCPU(DeepSpeedStrategy):
-    """Lightning's strategy as it is, allowed to run on CPUs."""
-
-    @property
-    def root_device(self) -> torch.device:
-        return torch.device("cpu", self.local_rank)
-
-    def setup_environment(self) -> None:
-        super(DeepSpeedStrategy, self).setup_environment()
-
-    def setup_distributed(self) -> None:
-        reset_seed()
-        self.set_world_ranks()
-        self._init_deepspeed_distributed()
 
 
 class MLP(pl.LightningModule):
@@ -125,38 +110,35 @@ class Counter(pl.Callback):
             self.bytes = held(module, trainer.strategy.model)
 
 
-def contenders() -> dict[str, Any]:
+def contenders(kind: str) -> dict[str, Any]:
     made: dict[str, Any] = {"ddp": lambda: DDP(process_group_backend="gloo")}
     for stage in (1, 2, 3):
-        made[f"zero_{stage}"] = lambda stage=stage: Zero(stage=stage)
-        made[f"stock_{stage}"] = lambda stage=stage: StockOnCPU(stage=stage)
+        made[f"{kind}_{stage}"] = lambda stage=stage: (Zero if kind == "zero" else StockOnCPU)(stage=stage)
     return made
 
 
-def measure(repeats: int, steps: int) -> dict[str, dict[str, Any]]:
-    """Train every contender in turn, several times; runs in each process."""
+def measure(kind: str, steps: int) -> dict[str, dict[str, Any]]:
+    """Train DDP and then each stage of one kind; runs in each process."""
     warnings.filterwarnings("ignore")
-    results: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in contenders()}
-    for _ in range(repeats):
-        for name, strategy in contenders().items():
-            torch.manual_seed(0)
-            model, counter = MLP(), Counter(steps - 1)
-            trainer = pl.Trainer(
-                accelerator="cpu",
-                devices=WORLD,
-                strategy=strategy(),
-                max_steps=steps,
-                callbacks=[counter],
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                use_distributed_sampler=False,
-            )
-            data = torch.utils.data.DataLoader(torch.randn(16 * steps, 1280), batch_size=16)
-            trainer.fit(model, data)
-            results[name]["seconds"].append(sorted(model.seconds[2:-1])[len(model.seconds[2:-1]) // 2])
-            results[name].update(counter.bytes)
+    results: dict[str, dict[str, Any]] = {}
+    for name, strategy in contenders(kind).items():
+        torch.manual_seed(0)
+        model, counter = MLP(), Counter(steps - 1)
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=WORLD,
+            strategy=strategy(),
+            max_steps=steps,
+            callbacks=[counter],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+        data = torch.utils.data.DataLoader(torch.randn(16 * steps, 1280), batch_size=16)
+        trainer.fit(model, data)
+        results[name] = {"seconds": statistics.median(model.seconds[2:-1]), **counter.bytes}
     return results
 
 
@@ -166,20 +148,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    results = run_ranks(measure, 2, options.repeats, options.steps, timeout=3000)[0]
-    ddp = results["ddp"]
+    turns: dict[str, list[dict[str, Any]]] = {}
+    for _ in range(options.repeats):
+        # Processes of their own for each kind, since Zero tunes the process it runs in; DDP stands beside both.
+        for kind in ("zero", "stock"):
+            for name, found in run_ranks(measure, 2, kind, options.steps)[0].items():
+                turns.setdefault(f"ddp beside {kind}" if name == "ddp" else name, []).append(found)
     rows = []
-    for name, found in results.items():
-        times = sorted(found["seconds"])
-        ratios = sorted(t / d for t, d in zip(found["seconds"], ddp["seconds"], strict=True))
+    for name, found in turns.items():
+        ddp = turns["ddp beside stock" if "stock" in name else "ddp beside zero"]
+        times = [turn["seconds"] for turn in found]
+        ratios = [turn["seconds"] / other["seconds"] for turn, other in zip(found, ddp, strict=True)]
         rows.append(
             {
                 "strategy": name,
-                **{kind: round(found[kind] / ddp[kind], 3) for kind in ("parameters", "gradients", "state")},
-                "step ms": round(1000 * times[len(times) // 2], 1),
-                "least": round(1000 * times[0], 1),
-                "most": round(1000 * times[-1], 1),
-                "times ddp": round(ratios[len(ratios) // 2], 2),
+                **{kind: round(found[0][kind] / ddp[0][kind], 3) for kind in ("parameters", "gradients", "state")},
+                "step ms": round(1000 * statistics.median(times), 1),
+                "least": round(1000 * min(times), 1),
+                "most": round(1000 * max(times), 1),
+                "times ddp": round(statistics.median(ratios), 2),
             }
         )
     report("zero: bytes per process as a share of DDP's, and step time, 2 CPU processes", rows, options.json)

@@ -46,7 +46,7 @@ def _fit(config: dict[str, Any], place: Any) -> None:
     from . import session
     from .config import CONFIG_FILE
     from .launcher import supervised
-    from .ranks import is_main_process
+    from .ranks import is_main_process, leave_group
     from .report import print_report
     from .run_dir import write_config, write_metrics
 
@@ -81,6 +81,7 @@ def _fit(config: dict[str, Any], place: Any) -> None:
             metrics |= session.numbers(trainer.callback_metrics)
         if trainer.is_global_zero:
             print_report(write_metrics(place.folder, metrics), place.folder)
+        leave_group()
 
 
 def _best(folder: Any) -> str | None:

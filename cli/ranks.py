@@ -54,3 +54,15 @@ def take_message(pid: int) -> str | None:
 
 def _message_file(pid: int) -> Path:
     return Path(os.environ[RUN_DIR_VARIABLE]) / f".error-{pid}"
+
+
+def leave_group() -> None:
+    """Close the process group, when all processes are done with it.
+
+    Left to the end of the interpreter, gloo's threads may abort a process while another one is still busy.
+    """
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

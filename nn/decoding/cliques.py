@@ -1,10 +1,16 @@
-"""All maximal cliques of many small graphs at once.  Shapes: G graphs, N nodes of each, C cliques, F open branches.
+"""All maximal cliques of many small graphs at once.  Shapes: G graphs, N nodes of each, C cliques, W words.
 
-Bron and Kerbosch's enumeration with Tomita's pivot, where a set of nodes is one machine word and all open branches of
-all graphs are expanded in the same few array operations: no recursion, and the batch shares the cost of Python.
+Nodes are added one by one, and the cliques of all graphs are kept up to date in the same few array operations: with
+node v, a clique K within its neighbourhood N(v) grows by v; any other stays, and K & N(v) with v is a new one if no
+earlier node is linked to all of it. Cliques never get fewer on the way, so little work is lost, and no pivot is needed.
+A set of nodes is a machine word. The first nodes are added at once: S is a maximal clique exactly if the common
+neighbourhood of its members, themselves included, is S, which a table of all subsets of 8 nodes answers.
 
-Source: https://kexue.fm/archives/8926 (events are maximal cliques); C. Bron and J. Kerbosch, Algorithm 457 (1973);
-E. Tomita, A. Tanaka and H. Takahashi (2006).  Checked against: networkx.find_cliques.
+Before that, twins (nodes linked to each other and to the same others) are merged: sets of events that share few
+arguments become graphs of a few nodes, and a complete graph becomes a point.
+
+Source: https://kexue.fm/archives/8926 (events are maximal cliques); S. Tsukiyama, M. Ide, H. Ariyoshi and I. Shirakawa
+(1977), where nodes are added one by one.  Checked against: networkx.find_cliques.
 """
 
 from itertools import pairwise
@@ -14,8 +20,16 @@ from numpy.typing import NDArray
 
 from ...errors import InputError
 
+Words = NDArray[np.uint64]
 MAX_NODES = 64
 """A graph must fit one machine word."""
+ALL = ~np.uint64(0)
+BIT = np.uint64(1) << np.arange(64, dtype=np.uint64)
+BELOW = np.append(BIT - np.uint64(1), ALL)
+"""BELOW[n] is the set of the first n nodes."""
+OCTETS = np.arange(256, dtype=np.uint64)
+FEW, MANY = 4, 64
+"""Up to so many graphs, and so many cliques of one, plain integers are faster than arrays."""
 
 
 def maximal_cliques(adjacency: NDArray[np.bool_], cap: int | None = None) -> list[tuple[int, ...]]:
@@ -64,99 +78,154 @@ def batched_maximal_cliques(
             f"maximal cliques of an adjacency of shape {adjacency.shape}: use square matrices of at most "
             f"{MAX_NODES} nodes; keep the best-scoring nodes of a larger graph"
         )
-    sizes = np.full(len(adjacency), adjacency.shape[1]) if sizes is None else np.asarray(sizes)
-    graphs, cliques = _search(_words(adjacency), sizes, cap)
-    order = np.argsort(graphs, kind="stable")
-    graphs, cliques = graphs[order], cliques[order]
-    if cap is not None:
-        kept = _first_of_each(graphs, cap)
-        graphs, cliques = graphs[kept], cliques[kept]
-    members = np.flatnonzero(_bits(cliques)) & (8 * cliques.itemsize - 1)
-    return graphs, members, np.cumsum(np.bitwise_count(cliques), dtype=np.int64)
+    count, nodes, _ = adjacency.shape
+    if not count * nodes:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64)
+    linked, sets = _pack(adjacency) | BIT[:nodes], None
+    if sizes is not None:
+        # Nodes beyond a graph's size are linked to all others: they add no clique, and are cut off in the end.
+        sets = BELOW[sizes]
+        linked = np.where(np.arange(nodes) < np.asarray(sizes)[:, None], linked | ~sets[:, None], ALL)
+    few = count <= FEW
+    near, wide = (linked, None) if few else _merge_twins(linked)
+
+    # A graph's number and its nodes share a word: of graphs with many nodes, few are searched together.
+    room = 1 if few else min(256, 1 << (64 - _shift(near)))
+    graphs, cliques = [], []
+    for first in range(0, count, room):
+        graph, clique = _search(near[first : first + room], cap)
+        graphs.append(graph + first)
+        cliques.append(clique if wide is None else _common(_tables(wide[first : first + room]), graph, clique))
+    graph, clique = np.concatenate(graphs), np.concatenate(cliques)
+    if sets is not None:
+        clique &= sets[graph]
+        if not sets.all():
+            graph, clique = graph[clique != 0], clique[clique != 0]
+    octets = (
+        1 << (-(-nodes // 8) - 1).bit_length()
+    )  # a power of two of them: then a place holds its node in its low bits
+    places = np.flatnonzero(np.unpackbits(_octets(clique)[:, :octets], axis=1, bitorder="little").view(np.bool_))
+    places &= 8 * octets - 1
+    return graph, places, np.cumsum(np.bitwise_count(clique), dtype=np.int64)
 
 
-def _search(
-    neighbours: NDArray[np.unsignedinteger], sizes: NDArray[np.integer], cap: int | None
-) -> tuple[NDArray[np.int64], NDArray[np.unsignedinteger]]:
-    """Graph and nodes of every maximal clique, given the neighbours of each node as words `(G, W)` of W bits."""
-    word = neighbours.dtype.type
-    width = neighbours.shape[1]
-    flat, strangers = neighbours.ravel(), ~neighbours  # a node is no neighbour of itself, so it is among its strangers
-    one = word(1)
-    bit = one << np.arange(width, dtype=word)
-    found: list[tuple[NDArray[np.int64], NDArray[np.unsignedinteger]]] = []
-
-    def neighbours_of(graph: NDArray, single: NDArray) -> NDArray:
-        return flat[graph * width + np.bitwise_count(single - one)]
-
-    def close(graph: NDArray, clique: NDArray, excluded: NDArray) -> None:
-        """A branch without candidates is a maximal clique unless some excluded node could join it."""
-        maximal = excluded == 0
-        found.append((graph[maximal], clique[maximal]))
-
-    # A branch: its graph, the clique so far, the nodes that may join it, and those whose cliques are already known.
-    graph = np.flatnonzero(sizes > 0)
-    candidates = ~word(0) >> (width - sizes[graph]).astype(word)
-    clique, excluded = np.zeros_like(candidates), np.zeros_like(candidates)
-    while len(graph):
-        # Pivot: the node that leaves the fewest candidates to branch on, itself included (a node of neither set: 255).
-        remaining = np.take(strangers, graph, axis=0) & candidates[:, None]
-        counts = np.bitwise_count(remaining) | (_bits(candidates | excluded).view(np.uint8) - np.uint8(1))
-        branching = remaining[np.arange(len(graph)), counts.argmin(1)]
-        # One child for each branching node; earlier siblings are excluded from later ones.
-        place = np.flatnonzero(_bits(branching))
-        parent, node = place // width, place & (width - 1)
-        joined = bit[node]
-        earlier = branching[parent] & (joined - one)
-        graph = graph[parent]
-        near = flat[graph * width + node]
-        clique = clique[parent] | joined
-        excluded = (excluded[parent] | earlier) & near
-        candidates = (candidates[parent] ^ earlier) & near
-        # Children with up to two candidates end here: they are most of the tree, and need no pivot.
-        count = np.bitwise_count(candidates)
-        none, single, pair, more = (np.flatnonzero(count == 0), np.flatnonzero(count == 1),
-                                    np.flatnonzero(count == 2), np.flatnonzero(count > 2))  # fmt: skip
-        close(graph[none], clique[none], excluded[none])
-        last = candidates[single]
-        close(graph[single], clique[single] | last, excluded[single] & neighbours_of(graph[single], last))
-        if len(pair):
-            where, base, out = graph[pair], clique[pair], excluded[pair]
-            low = candidates[pair] & (~candidates[pair] + one)
-            high = candidates[pair] ^ low
-            near_low, near_high = neighbours_of(where, low), neighbours_of(where, high)
-            linked = (near_low & high) != 0
-            both, apart = np.flatnonzero(linked), np.flatnonzero(~linked)
-            close(where[both], (base | low | high)[both], (out & near_low & near_high)[both])
-            close(where[apart], (base | low)[apart], (out & near_low)[apart])
-            close(where[apart], (base | high)[apart], (out & near_high)[apart])
-        if cap is not None and len(more) > cap:
-            more = more[_first_of_each(graph[more], cap)]
-        graph, clique, candidates, excluded = graph[more], clique[more], candidates[more], excluded[more]
-    if not found:
-        return np.zeros(0, np.int64), np.zeros(0, word)
-    return np.concatenate([graphs for graphs, _ in found]), np.concatenate([cliques for _, cliques in found])
+def _search(near: Words, cap: int | None) -> tuple[NDArray[np.int64], Words]:
+    """Graph and nodes of every maximal clique, from the neighbours of each node, itself included, `(G, N)`."""
+    nodes, shift = near.shape[1], np.uint64(_shift(near))
+    # A clique in work: the graph's number above the nodes. Numbers are kept when neighbourhoods contain all of them.
+    numbers = ~BELOW[shift]
+    if len(near) == 1:
+        keys, start = _one_by_one(near[0].tolist())
+        tables = _tables(near) if start < nodes else near
+    else:
+        tables = _tables(near)
+        keys, start = _all_at_once(tables[0], min(8, nodes), shift)
+    columns = np.ascontiguousarray(near.T) | numbers
+    for node in range(start, nodes):
+        if cap is not None and len(keys) > cap:
+            keys = _first_of_each(keys, shift, cap)
+        graph = (keys >> shift).view(np.int64)
+        within = keys & columns[node].take(graph)
+        rest = (within != keys).nonzero()[0]
+        new = within.take(rest) | BIT[node]
+        kept = keys | BIT[node]
+        kept[rest] = keys.take(rest)
+        common = _common(tables[: node // 8 + 1], graph.take(rest), new)
+        common ^= new
+        new = new[common & BELOW[node + 1] == 0]
+        new.sort()
+        different = np.ones(len(new), np.bool_)
+        np.not_equal(new[1:], new[:-1], out=different[1:])
+        keys = np.concatenate([kept, new[different]])
+    keys.sort()
+    if cap is not None and len(keys) > cap:
+        keys = _first_of_each(keys, shift, cap)
+    return (keys >> shift).view(np.int64), keys & ~numbers
 
 
-def _words(adjacency: NDArray[np.bool_]) -> NDArray[np.unsignedinteger]:
-    """Rows of edges as words: `(G, N, N)` bool to `(G, W)` of W = 32 or 64 bits, rows and bits beyond N empty."""
-    graphs, nodes, _ = adjacency.shape
-    width = 32 if nodes <= 32 else 64
-    padded = np.zeros((graphs, width, width), dtype=bool)
-    padded[:, :nodes, :nodes] = adjacency
-    diagonal = np.arange(width)
-    padded[:, diagonal, diagonal] = False
-    words = np.packbits(padded, axis=-1, bitorder="little").view(f"<u{width // 8}")[..., 0]
-    return words.astype(words.dtype.newbyteorder("="))
+def _all_at_once(table: Words, start: int, shift: np.uint64) -> tuple[Words, int]:
+    """Cliques of the first `start` nodes of all graphs, given the first of their tables; and `start`."""
+    common = table[:, : 1 << start] & BELOW[start]
+    place = np.flatnonzero(common == OCTETS[: 1 << start]).view(np.uint64)
+    return (place >> np.uint64(start) << shift) | (place & BELOW[start]), start
 
 
-def _bits(words: NDArray[np.unsignedinteger]) -> NDArray[np.bool_]:
-    """Words `(F,)` of W bits as booleans `(F, W)`, lowest bit first."""
-    little = np.ascontiguousarray(words).astype(words.dtype.newbyteorder("<"), copy=False)
-    octets = little.view(np.uint8).reshape(len(words), words.itemsize)
-    return np.unpackbits(octets, axis=1, bitorder="little").view(np.bool_)
+def _one_by_one(near: list[int]) -> tuple[Words, int]:
+    """Cliques of the first nodes of one graph, up to where arrays are faster, and how many nodes these are."""
+    cliques = [0]
+    for node, around in enumerate(near):
+        if len(cliques) > MANY:
+            return np.array(cliques, np.uint64), node
+        bit = 1 << node
+        around &= bit - 1
+        cuts = {clique & around for clique in cliques if clique & around != clique}
+        cliques = [clique if clique & around != clique else clique | bit for clique in cliques]
+        for cut in cuts:
+            common, left = around, cut
+            while left and common != cut:
+                common &= near[left.bit_length() - 1]
+                left &= (1 << left.bit_length() - 1) - 1
+            if common == cut:
+                cliques.append(cut | bit)
+    return np.array(cliques, np.uint64), len(near)
 
 
-def _first_of_each(groups: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Positions of the first `count` members of each group, for groups in ascending order."""
-    return np.flatnonzero(np.arange(len(groups)) - np.searchsorted(groups, groups) < count)
+def _merge_twins(linked: Words) -> tuple[Words, Words | None]:
+    """Neighbours of one of each kind of twins `(G, K)`: among these ones, and among all (None when nobody has any)."""
+    nodes = linked.shape[1]
+    same = ((linked[:, :, None] == linked[:, None, :]) & np.tri(nodes, k=-1, dtype=np.bool_)).any(2)
+    count = nodes - int(same.sum(1).min())
+    if count == nodes:
+        return linked, None
+    # Where a graph has fewer than others, some of its twins are among the chosen, which does no harm.
+    chosen = np.argsort(same, axis=1, kind="stable")[:, :count]
+    wide = np.take_along_axis(linked, chosen, 1)
+    return _pack((wide[:, :, None] & BIT[chosen][:, None, :]) != 0), wide
+
+
+def _shift(near: Words) -> int:
+    """Where a graph's number begins, in a word that also holds a set of its nodes: at the next octet."""
+    return -(-near.shape[1] // 8) * 8
+
+
+def _tables(sets: Words) -> Words:
+    """Intersections of all choices among the sets `(G, N)`, eight at a time, `(N / 8, G, 256)`; of none: ALL."""
+    count, nodes = sets.shape
+    tables = np.empty((-(-nodes // 8), count, 256), np.uint64)
+    tables[:, :, 0] = ALL
+    for node in range(nodes):
+        table, half = tables[node // 8], 1 << node % 8
+        np.bitwise_and(table[:, :half], sets[:, node, None], out=table[:, half : 2 * half])
+    return tables
+
+
+def _common(tables: Words, graph: NDArray[np.int64], clique: Words) -> Words:
+    """Intersection of the sets that the bits of `clique` choose, given the sets' `_tables`."""
+    row, octets = graph << 8, _octets(clique)
+    common = tables[0].ravel().take(row + octets[:, 0])
+    for number, table in enumerate(tables[1:], start=1):
+        common &= table.ravel().take(row + octets[:, number])
+    return common
+
+
+def _first_of_each(keys: Words, shift: np.uint64, count: int) -> Words:
+    """The first `count` keys of each graph, in the order of the graphs."""
+    graph = (keys >> shift).view(np.int64)
+    if np.bincount(graph).max() <= count:
+        return keys
+    order = np.argsort(graph, kind="stable")
+    graph = graph[order]
+    return keys[order[np.arange(len(order)) - np.searchsorted(graph, graph) < count]]
+
+
+def _pack(rows: NDArray[np.bool_]) -> Words:
+    """Booleans `(..., N)` as words `(...)`, the first one lowest."""
+    packed = np.packbits(rows, axis=-1, bitorder="little")
+    octets = np.zeros((*packed.shape[:-1], 8), np.uint8)
+    octets[..., : packed.shape[-1]] = packed
+    return octets.view("<u8")[..., 0].astype(np.uint64, copy=False)
+
+
+def _octets(words: Words) -> NDArray[np.uint8]:
+    """Words `(W,)` as bytes `(W, 8)`, lowest first."""
+    return np.ascontiguousarray(words).astype("<u8", copy=False).view(np.uint8).reshape(-1, 8)

@@ -9,6 +9,7 @@ Source: https://kexue.fm/archives/8926.
 
 import warnings
 from collections.abc import Sequence
+from itertools import compress, pairwise
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ Span = tuple[str, int, int]
 """(role, first token, last token), the last one inclusive."""
 DecodedEvent = tuple[str, tuple[Span, ...]]
 """(event type, arguments in the order of the text)."""
+CELLS_AT_ONCE = 1 << 22
+"""Scores written out and searched together."""
 
 
 def decode_events(
@@ -72,65 +75,86 @@ def decode_event_batch(
         raise InputError(f"decode_events: {len(labels)} labels for scores of {argument_scores.shape[1]} labels")
     types = list(dict.fromkeys(event_type for event_type, _ in labels))
     type_of = np.array([types.index(event_type) for event_type, _ in labels])
-    sentence, label, start, end = _nodes(argument_scores, places, type_of, max_nodes)
-    events: list[list[DecodedEvent]] = [[] for _ in range(len(argument_scores))]
-    if not len(sentence):
-        return events
+    graph, start, end, label = _nodes(argument_scores, places, type_of, max_nodes)
+    if not len(graph):
+        return [[] for _ in range(len(argument_scores))]
 
-    # The nodes of a graph are neighbours in the list: (sentence, type) changes where the next graph begins.
-    _, first, sizes = np.unique(sentence * len(types) + type_of[label], return_index=True, return_counts=True)
-    adjacency = _adjacency(head_scores, tail_scores, sentence[first], start, end, first, sizes)
-    graphs, members, ends = batched_maximal_cliques(adjacency, sizes, cap=max_events)
+    sizes = np.bincount(graph)
+    present = np.flatnonzero(sizes)
+    sizes = sizes[present]
+    first = np.cumsum(sizes) - sizes  # the nodes of a graph are neighbours in the list
+    sentence, kind = np.divmod(present, len(types))
+    adjacency = _adjacency(head_scores, tail_scores, sentence, start, end, first, sizes)
+    owner, members, ends = batched_maximal_cliques(adjacency, sizes, cap=max_events)
+    lengths = ends.copy()
+    lengths[1:] -= ends[:-1]
+    members += np.repeat(first[owner], lengths)
 
-    cells = zip(label.tolist(), start.tolist(), end.tolist(), strict=True)
-    spans = np.fromiter(((labels[i][1], j, k) for i, j, k in cells), dtype=object, count=len(label))
-    members = members + np.repeat(first[graphs], np.diff(ends, prepend=0))
+    roles = [role for _, role in labels]
+    spans = zip(map(roles.__getitem__, label.tolist()), start.tolist(), end.tolist(), strict=True)
     # Tuples of plain values, slices of one: thousands of lists would keep Python's garbage collector busy.
-    chosen = tuple(spans[members].tolist())
-    rows, kinds, begin = sentence[first[graphs]].tolist(), type_of[label[first[graphs]]].tolist(), 0
-    for row, kind, stop in zip(rows, kinds, ends.tolist(), strict=True):
-        event = chosen[begin:stop]
-        begin = stop
-        if required_role is None or any(span[0] == required_role for span in event):
-            events[row].append((types[kind], event))
-    return events
+    chosen = tuple(np.fromiter(spans, dtype=object, count=len(label)).take(members).tolist())
+    borders = [0, *ends.tolist()]
+    arguments = [chosen[begin:stop] for begin, stop in pairwise(borders)]
+    events = list(zip(map(types.__getitem__, kind[owner].tolist()), arguments, strict=True))
+    sentence = sentence[owner]
+    if required_role is not None:
+        wanted = np.array([role == required_role for role in roles])[label]
+        kept = np.logical_or.reduceat(wanted[members], borders[:-1])
+        events, sentence = list(compress(events, kept)), sentence[kept]
+    borders = np.searchsorted(sentence, np.arange(len(argument_scores) + 1)).tolist()
+    return [events[begin:stop] for begin, stop in pairwise(borders)]
 
 
 def _nodes(
     scores: Tensor | FactoredScores, places: Tensor | None, type_of: NDArray, max_nodes: int
 ) -> tuple[NDArray, ...]:
-    """(sentence, label, start, end) of the arguments, ordered by (sentence, type, start, end, label)."""
-    _, num_labels, length, _ = scores.shape
-    limit = max_nodes * (int(type_of.max()) + 1)  # more cannot survive, so what is read off a device stays small
-    spans = torch.ones(len(scores), length, length, dtype=torch.bool, device=scores[0].device).triu()
-    if places is not None:
-        spans &= places[:, :, None] & places[:, None, :]
-    columns: list[Tensor] = []
-    values: list[Tensor] = []
-    for row, matrices in enumerate(scores):
-        flat = matrices.flatten()
-        cells = ((matrices > 0) & spans[row]).flatten().nonzero()[:, 0]
-        value = flat[cells]
-        if len(cells) > limit:
-            value, best = value.topk(limit)
-            cells = cells[best]
-        columns.append(cells + row * num_labels * length * length)
-        values.append(value)
-    cells, score = torch.cat(columns).cpu().numpy(), torch.cat(values).detach().float().cpu().numpy()
+    """(graph, start, end, label) of the arguments, so ordered; a graph is sentence * types + type."""
+    batch, num_labels, length, _ = scores.shape
+    num_types = int(type_of.max()) + 1
+    cells, values = _positive_cells(scores, places, limit=max_nodes * num_types)
     sentence, label, start, end = np.unravel_index(cells, tuple(scores.shape))
-    graph = sentence * (type_of.max() + 1) + type_of[label]
-
-    best_first = np.lexsort((-score, graph))
-    rank = np.arange(len(graph)) - np.searchsorted(graph[best_first], graph[best_first])
-    if (rank >= max_nodes).any():
+    graph = sentence * num_types + type_of[label]
+    shape = (batch * num_types, length, length, num_labels)
+    order = np.ravel_multi_index((graph, start, end, label), shape)
+    if len(graph) and np.bincount(graph).max() > max_nodes:
         warnings.warn(
             "more candidate arguments of one event type in a sentence than max_nodes: the best-scoring ones are kept "
             "(usual in the first epochs)",
             stacklevel=3,
         )
-    kept = best_first[rank < max_nodes]
-    kept = kept[np.lexsort((label[kept], end[kept], start[kept], graph[kept]))]
-    return sentence[kept], label[kept], start[kept], end[kept]
+        best_first = np.lexsort((-values, graph))
+        graph = graph[best_first]
+        order = order[best_first][np.arange(len(graph)) - np.searchsorted(graph, graph) < max_nodes]
+    return np.unravel_index(np.sort(order), shape)
+
+
+def _positive_cells(
+    scores: Tensor | FactoredScores, places: Tensor | None, limit: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Flat positions of the scores above 0 and these scores, at most `limit` of a sentence: more cannot survive."""
+    batch, num_labels, length, _ = scores.shape
+    size = num_labels * length * length
+    columns: list[Tensor] = []
+    values: list[Tensor] = []
+    together = max(1, CELLS_AT_ONCE // size)
+    for rows in (slice(first, first + together) for first in range(0, batch, together)):
+        if isinstance(scores, FactoredScores):
+            block = FactoredScores(scores.shared[rows], scores.start[rows], scores.end[rows]).dense()
+        else:
+            block = scores[rows]
+        positive = (block > 0).triu_()
+        if places is not None:
+            positive &= (places[rows, :, None] & places[rows, None, :])[:, None]
+        cells = positive.flatten().nonzero()[:, 0]
+        value = block.flatten()[cells]
+        if len(cells) > limit and max(counts := torch.bincount(cells // size, minlength=len(block)).tolist()) > limit:
+            best = [part.topk(min(limit, len(part)))[1] for part in value.split(counts)]
+            cells = torch.cat([part[chosen] for part, chosen in zip(cells.split(counts), best, strict=True)])
+            value = torch.cat([part[chosen] for part, chosen in zip(value.split(counts), best, strict=True)])
+        columns.append(cells + rows.start * size)
+        values.append(value)
+    return torch.cat(columns).cpu().numpy(), torch.cat(values).float().cpu().numpy()
 
 
 def _adjacency(
@@ -143,10 +167,15 @@ def _adjacency(
     sizes: NDArray,
 ) -> NDArray[np.bool_]:
     """Links between the nodes of each graph, `(G, N, N)`; cells beyond a graph's size mean nothing."""
+    length = head_scores.shape[-1]
     node = np.minimum(first[:, None] + np.arange(sizes.max()), len(start) - 1)
-    linked = True
+    offset = (sentence * length * length)[:, None, None]
+    linked = []
     for scores, tokens in ((head_scores, start[node]), (tail_scores, end[node])):
         here, there = tokens[:, :, None], tokens[:, None, :]
-        cells = (scores > 0).cpu().numpy()
-        linked = linked & cells[sentence[:, None, None], np.minimum(here, there), np.maximum(here, there)]
-    return linked
+        cell = np.minimum(here, there)
+        cell *= length
+        cell += np.maximum(here, there)
+        cell += offset
+        linked.append((scores > 0).cpu().numpy().ravel().take(cell))
+    return linked[0] & linked[1]

@@ -42,6 +42,40 @@ def test_a_batch_of_unequal_graphs() -> None:
         assert sorted(c for c, owner in zip(cliques, owners, strict=True) if owner == number) == expected(graph)
 
 
+def cliques_of_each(graphs: list[nx.Graph], cap: int | None = None) -> list[list[tuple[int, ...]]]:
+    owners, members, ends = batched_maximal_cliques(np.stack([matrix(graph) for graph in graphs]), cap=cap)
+    cliques = [tuple(part.tolist()) for part in np.split(members, ends[:-1])]
+    return [
+        sorted(c for c, owner in zip(cliques, owners, strict=True) if owner == number) for number in range(len(graphs))
+    ]
+
+
+def test_twins_are_merged_and_come_back() -> None:
+    """Cliques 0..8, 7..15 and 14..19 share nodes: all but these are twins. A complete graph is one point."""
+    shared = nx.compose_all([nx.complete_graph(range(*ends)) for ends in ((0, 9), (7, 16), (14, 20))])
+    graphs = [
+        shared,
+        nx.complete_graph(20),
+        nx.empty_graph(20),
+        nx.cycle_graph(20),
+        nx.gnp_random_graph(20, 0.7, seed=3),
+    ]
+    assert cliques_of_each(graphs) == [expected(graph) for graph in graphs]
+
+
+@pytest.mark.parametrize("nodes", [8, 9, 16, 33, 56, 57, 64])
+def test_graph_numbers_and_nodes_in_one_word(nodes: int) -> None:
+    graphs = [nx.gnp_random_graph(nodes, 0.4, seed=seed) for seed in range(6)]
+    assert cliques_of_each(graphs) == [expected(graph) for graph in graphs]
+
+
+def test_a_cap_holds_for_each_graph_of_a_batch() -> None:
+    graphs = [nx.gnp_random_graph(20, density, seed=7) for density in (0.1, 0.5, 0.6, 0.7, 0.8, 0.9)]
+    for found, graph in zip(cliques_of_each(graphs, cap=30), graphs, strict=True):
+        assert len(found) == min(30, len(expected(graph)))
+        assert set(found) <= set(expected(graph))
+
+
 def test_no_nodes_no_cliques() -> None:
     assert maximal_cliques(np.zeros((0, 0), bool)) == []
     assert maximal_cliques(np.zeros((1, 1), bool)) == [(0,)]
