@@ -151,8 +151,9 @@ class EventDataModule(KexueDataModule):
         self.set_records("predict", list(read_events(path, with_events=False, **self.row_options())))
 
     def write_answers(self, predictions: Iterable[EventRecord], path: Path) -> int:
-        """Write DuEE's answer format."""
-        return write_answers(predictions, path)
+        """Write DuEE's answer format, in the order of the inputs where `read_inputs` has read them."""
+        place = {record.id: index for index, record in enumerate(self._records.get("predict", ()))}
+        return write_answers(sorted(predictions, key=lambda record: place.get(record.id, len(place))), path)
 
     def _tokenizer(self) -> CharTokenizer:
         if self.tokenizer is None:

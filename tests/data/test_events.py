@@ -123,7 +123,10 @@ def test_texts_are_read_and_answers_written(tmp_path: Path) -> None:
     data.setup("predict")
     records = [record for batch in data.predict_dataloader() for record in batch["records"]]
     assert [(record.id, len(record.text)) for record in records] == [("x", 900), ("y", 1)]
-    assert data.write_answers(records, tmp_path / "out.json") == 2
+    # Batches are sorted by length; answers come in the order of the inputs.
+    assert data.write_answers(list(reversed(records)), tmp_path / "out.json") == 2
+    answers = (tmp_path / "out.json").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["id"] for line in answers] == [record.id for record in data.records("predict")]
     first = json.loads((tmp_path / "out.json").read_text(encoding="utf-8").splitlines()[0])
     assert first == {"id": "x", "event_list": []}
 
