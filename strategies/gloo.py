@@ -7,6 +7,7 @@ one broadcast per part 18 ms; its reduce-scatter 79 ms, by exchanged parts 25 ms
 from __future__ import annotations
 
 import ctypes
+import importlib
 import platform
 from collections.abc import Sequence
 from typing import Any
@@ -83,6 +84,12 @@ def reduce_scatter_tensor(
 
 def _done(work: _Work) -> None:
     work.wait()
+
+
+def without_shared_memory() -> None:
+    """Keep DeepSpeed from compiling its shared-memory all-reduce, which serves inference only and needs a compiler."""
+    backend: Any = importlib.import_module("deepspeed.comm.torch")  # `deepspeed.comm` has torch itself by that name
+    backend.build_shm_op = lambda: None
 
 
 def suit_deepspeed() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -38,7 +39,7 @@ from .checkpoints import (
     sync_file,
     tensors_only,
 )
-from .gloo import suit_deepspeed
+from .gloo import suit_deepspeed, without_shared_memory
 from .technique import Technique
 
 
@@ -98,10 +99,13 @@ class Zero(TechniqueMixin, DeepSpeedStrategy):
             raise ValueError(f"Zero(stage={stage}): use 1, 2 or 3.")
         if offload_parameters and stage != 3:
             raise ValueError(f"Zero(stage={stage}, offload_parameters=True): only stage 3 can offload parameters.")
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for others, and says so at length
         try:
             import deepspeed  # noqa: F401
         except ImportError as error:
             raise ImportError("Zero needs DeepSpeed: pip install 'deepspeed>=0.19.8,<0.20'") from error
+        kwargs.setdefault("logging_level", logging.ERROR)
         super().__init__(
             stage=stage, offload_optimizer=offload_optimizer, offload_parameters=offload_parameters, **kwargs
         )
@@ -135,6 +139,7 @@ class Zero(TechniqueMixin, DeepSpeedStrategy):
             return
         reset_seed()
         self.set_world_ranks()
+        without_shared_memory()
         self._init_deepspeed_distributed()
         suit_deepspeed()
 
