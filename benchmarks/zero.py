@@ -1,6 +1,7 @@
 """ZeRO 1, 2, 3 on two CPU processes: bytes per process (counted) and step time, beside DDP and Lightning's settings.
 
-A 20 M-parameter MLP with AdamW in float32. The peer is Lightning's own `DeepSpeedStrategy` with its default settings;
+A 20 M-parameter MLP with AdamW in float32. "float32 copy" is the copy of its part of the parameters that DeepSpeed's
+optimiser works on, also where the parameters are float32 already, as a share of DDP's parameters. The peer is Lightning's own `DeepSpeedStrategy` with its default settings;
 only its refusal of CPUs is lifted. Each turn starts two processes for DDP and our stages, and two for DDP and the
 peer's; the ratio is to the DDP of the same processes.
 
@@ -74,15 +75,22 @@ def held(model: pl.LightningModule, engine: Any) -> dict[str, int]:
         optimizer: Any = model.optimizers(use_pl_optimizer=False)
         grads = [p.grad for p in parameters if p.grad is not None]
         state = tensors_in(list(optimizer.state.values()))
-        return {"parameters": bytes_of(parameters), "gradients": bytes_of(grads), "state": bytes_of(state)}
+        return {
+            "parameters": bytes_of(parameters),
+            "gradients": bytes_of(grads),
+            "state": bytes_of(state),
+            "float32 copy": 0,
+        }
     own = [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in parameters]
     grads = [p.grad for p in parameters if p.grad is not None] + tensors_in(dict(zero.averaged_gradients))
     grads += tensors_in(getattr(zero, "grads_in_partition", None) or [])
     inner = zero.optimizer
+    copies = getattr(zero, "single_partition_of_fp32_groups", None) or getattr(zero, "fp32_partitioned_groups_flat", [])
     return {
         "parameters": bytes_of(own),
         "gradients": bytes_of(grads),
         "state": bytes_of(tensors_in([list(s.values()) for s in inner.state.values()])),
+        "float32 copy": bytes_of(list(copies)),
     }
 
 
@@ -163,6 +171,7 @@ def main() -> None:
             {
                 "strategy": name,
                 **{kind: round(found[0][kind] / ddp[0][kind], 3) for kind in ("parameters", "gradients", "state")},
+                "float32 copy": round(found[0]["float32 copy"] / ddp[0]["parameters"], 3),
                 "step ms": round(1000 * statistics.median(times), 1),
                 "least": round(1000 * min(times), 1),
                 "most": round(1000 * max(times), 1),

@@ -3,8 +3,8 @@
 Nodes are added one by one, and the cliques of all graphs are kept up to date in the same few array operations: with
 node v, a clique K within its neighbourhood N(v) grows by v; any other stays, and K & N(v) with v is a new one if no
 earlier node is linked to all of it. Cliques never get fewer on the way, so little work is lost, and no pivot is needed.
-A set of nodes is a machine word. The first nodes are added at once: S is a maximal clique exactly if the common
-neighbourhood of its members, themselves included, is S, which a table of all subsets of 8 nodes answers.
+A set of nodes is a machine word. The first 11 nodes are added at once: S is a maximal clique exactly if the common
+neighbourhood of its members, themselves included, is S, which a table of all their subsets answers.
 
 Before that, twins (nodes linked to each other and to the same others) are merged: sets of events that share few
 arguments become graphs of a few nodes, and a complete graph becomes a point.
@@ -27,7 +27,8 @@ ALL = ~np.uint64(0)
 BIT = np.uint64(1) << np.arange(64, dtype=np.uint64)
 BELOW = np.append(BIT - np.uint64(1), ALL)
 """BELOW[n] is the set of the first n nodes."""
-OCTETS = np.arange(256, dtype=np.uint64)
+AT_ONCE = 11
+SUBSETS = np.arange(1 << AT_ONCE, dtype=np.uint16)
 FEW, MANY = 4, 64
 """Up to so many graphs, and so many cliques of one, plain integers are faster than arrays."""
 
@@ -72,6 +73,15 @@ def batched_maximal_cliques(
     Raises:
         InputError: the matrices are not square or too large.
     """
+    graph, clique = clique_words(adjacency, sizes, cap)
+    members, ends = members_of(clique)
+    return graph, members, ends
+
+
+def clique_words(
+    adjacency: NDArray[np.bool_], sizes: NDArray[np.integer] | None = None, cap: int | None = None
+) -> tuple[NDArray[np.int64], Words]:
+    """`batched_maximal_cliques` with the nodes of each clique as the bits of a word, `(C,)`."""
     adjacency = np.asarray(adjacency, dtype=bool)
     if adjacency.ndim != 3 or adjacency.shape[1] != adjacency.shape[2] or adjacency.shape[1] > MAX_NODES:
         raise InputError(
@@ -80,17 +90,16 @@ def batched_maximal_cliques(
         )
     count, nodes, _ = adjacency.shape
     if not count * nodes:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64)
+        return np.zeros(0, np.int64), np.zeros(0, np.uint64)
     linked, sets = _pack(adjacency) | BIT[:nodes], None
-    if sizes is not None:
+    if sizes is not None and sizes.min() < nodes:
         # Nodes beyond a graph's size are linked to all others: they add no clique, and are cut off in the end.
         sets = BELOW[sizes]
-        linked = np.where(np.arange(nodes) < np.asarray(sizes)[:, None], linked | ~sets[:, None], ALL)
-    few = count <= FEW
-    near, wide = (linked, None) if few else _merge_twins(linked)
+        linked = np.where(np.arange(nodes) < sizes[:, None], linked | ~sets[:, None], ALL)
+    near, wide = _merge_twins(linked) if count > FEW and nodes > AT_ONCE else (linked, None)
 
     # A graph's number and its nodes share a word: of graphs with many nodes, few are searched together.
-    room = 1 if few else min(256, 1 << (64 - _shift(near)))
+    room = 1 if count <= FEW else min(256, 1 << (64 - _shift(near)))
     graphs, cliques = [], []
     for first in range(0, count, room):
         graph, clique = _search(near[first : first + room], cap)
@@ -101,12 +110,18 @@ def batched_maximal_cliques(
         clique &= sets[graph]
         if not sets.all():
             graph, clique = graph[clique != 0], clique[clique != 0]
-    octets = (
-        1 << (-(-nodes // 8) - 1).bit_length()
-    )  # a power of two of them: then a place holds its node in its low bits
-    places = np.flatnonzero(np.unpackbits(_octets(clique)[:, :octets], axis=1, bitorder="little").view(np.bool_))
+    return graph, clique
+
+
+def members_of(cliques: Words) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Nodes of the cliques one after the other, ascending within each, and where each clique ends among them."""
+    octets = 1
+    while octets < 8 and (cliques >> np.uint64(8 * octets)).any():
+        octets *= 2  # a power of two of them: then a place holds its node in its low bits
+    bits = np.unpackbits(_octets(cliques)[:, :octets], axis=1, bitorder="little")
+    places = np.flatnonzero(bits.view(np.bool_))
     places &= 8 * octets - 1
-    return graph, places, np.cumsum(np.bitwise_count(clique), dtype=np.int64)
+    return places, np.cumsum(np.bitwise_count(cliques), dtype=np.int64)
 
 
 def _search(near: Words, cap: int | None) -> tuple[NDArray[np.int64], Words]:
@@ -118,8 +133,9 @@ def _search(near: Words, cap: int | None) -> tuple[NDArray[np.int64], Words]:
         keys, start = _one_by_one(near[0].tolist())
         tables = _tables(near) if start < nodes else near
     else:
-        tables = _tables(near)
-        keys, start = _all_at_once(tables[0], min(8, nodes), shift)
+        start = min(AT_ONCE, nodes)
+        keys = _all_at_once(near[:, :start], shift)
+        tables = _tables(near) if start < nodes else near
     columns = np.ascontiguousarray(near.T) | numbers
     for node in range(start, nodes):
         if cap is not None and len(keys) > cap:
@@ -143,11 +159,17 @@ def _search(near: Words, cap: int | None) -> tuple[NDArray[np.int64], Words]:
     return (keys >> shift).view(np.int64), keys & ~numbers
 
 
-def _all_at_once(table: Words, start: int, shift: np.uint64) -> tuple[Words, int]:
-    """Cliques of the first `start` nodes of all graphs, given the first of their tables; and `start`."""
-    common = table[:, : 1 << start] & BELOW[start]
-    place = np.flatnonzero(common == OCTETS[: 1 << start]).view(np.uint64)
-    return (place >> np.uint64(start) << shift) | (place & BELOW[start]), start
+def _all_at_once(near: Words, shift: np.uint64) -> Words:
+    """Cliques of all graphs of few nodes, from the neighbours of each node `(G, N)`."""
+    count, nodes = near.shape
+    sets = near.astype(np.uint16)
+    common = np.empty((count, 1 << nodes), np.uint16)  # of each subset of the nodes
+    common[:, 0] = (1 << nodes) - 1
+    for node in range(nodes):
+        half = 1 << node
+        np.bitwise_and(common[:, :half], sets[:, node, None], out=common[:, half : 2 * half])
+    place = np.flatnonzero(common == SUBSETS[: 1 << nodes]).view(np.uint64)
+    return (place >> np.uint64(nodes) << shift) | (place & BELOW[nodes])
 
 
 def _one_by_one(near: list[int]) -> tuple[Words, int]:

@@ -7,9 +7,11 @@ the maximal cliques of its graph. Since nodes are distinct, no event's arguments
 Source: https://kexue.fm/archives/8926.
 """
 
+import gc
 import warnings
-from collections.abc import Sequence
-from itertools import compress, pairwise
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..heads.scores import FactoredScores
-from .cliques import MAX_NODES, batched_maximal_cliques
+from .cliques import BIT, MAX_NODES, clique_words, members_of
 
 Span = tuple[str, int, int]
 """(role, first token, last token), the last one inclusive."""
@@ -26,6 +28,8 @@ DecodedEvent = tuple[str, tuple[Span, ...]]
 """(event type, arguments in the order of the text)."""
 CELLS_AT_ONCE = 1 << 22
 """Scores written out and searched together."""
+EVENTS_AT_ONCE = 1 << 11
+"""Events built together: what they are built from stays in the processor's cache."""
 
 
 def decode_events(
@@ -73,36 +77,65 @@ def decode_event_batch(
         raise InputError(f"decode_events(max_nodes={max_nodes}): use 1 to {MAX_NODES}")
     if len(labels) != argument_scores.shape[1]:
         raise InputError(f"decode_events: {len(labels)} labels for scores of {argument_scores.shape[1]} labels")
-    types = list(dict.fromkeys(event_type for event_type, _ in labels))
-    type_of = np.array([types.index(event_type) for event_type, _ in labels])
+    with _no_garbage_collection():
+        return _decode(argument_scores, head_scores, tail_scores, labels, places, max_nodes, max_events, required_role)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Events are tuples of strings and numbers, thousands of them and no cycle: to look for cycles doubles the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _decode(
+    argument_scores: Tensor | FactoredScores,
+    head_scores: Tensor,
+    tail_scores: Tensor,
+    labels: Sequence[Sequence[str]],
+    places: Tensor | None,
+    max_nodes: int,
+    max_events: int,
+    required_role: str | None,
+) -> list[list[DecodedEvent]]:
+    kinds = {event_type: number for number, event_type in enumerate(dict.fromkeys(kind for kind, _ in labels))}
+    type_of = np.array([kinds[event_type] for event_type, _ in labels])
     graph, start, end, label = _nodes(argument_scores, places, type_of, max_nodes)
+    batch = len(argument_scores)
     if not len(graph):
-        return [[] for _ in range(len(argument_scores))]
+        return [[] for _ in range(batch)]
 
     sizes = np.bincount(graph)
     present = np.flatnonzero(sizes)
     sizes = sizes[present]
     first = np.cumsum(sizes) - sizes  # the nodes of a graph are neighbours in the list
-    sentence, kind = np.divmod(present, len(types))
+    sentence, kind = np.divmod(present, len(kinds))
     adjacency = _adjacency(head_scores, tail_scores, sentence, start, end, first, sizes)
-    owner, members, ends = batched_maximal_cliques(adjacency, sizes, cap=max_events)
-    lengths = ends.copy()
-    lengths[1:] -= ends[:-1]
-    members += np.repeat(first[owner], lengths)
-
+    owner, cliques = clique_words(adjacency, sizes, cap=max_events)
     roles = [role for _, role in labels]
-    spans = zip(map(roles.__getitem__, label.tolist()), start.tolist(), end.tolist(), strict=True)
-    # Tuples of plain values, slices of one: thousands of lists would keep Python's garbage collector busy.
-    chosen = tuple(np.fromiter(spans, dtype=object, count=len(label)).take(members).tolist())
-    borders = [0, *ends.tolist()]
-    arguments = [chosen[begin:stop] for begin, stop in pairwise(borders)]
-    events = list(zip(map(types.__getitem__, kind[owner].tolist()), arguments, strict=True))
-    sentence = sentence[owner]
     if required_role is not None:
         wanted = np.array([role == required_role for role in roles])[label]
-        kept = np.logical_or.reduceat(wanted[members], borders[:-1])
-        events, sentence = list(compress(events, kept)), sentence[kept]
-    borders = np.searchsorted(sentence, np.arange(len(argument_scores) + 1)).tolist()
+        bit = BIT[np.arange(len(label)) - np.repeat(first, sizes)] * wanted
+        kept = (cliques & np.bitwise_or.reduceat(bit, first)[owner]) != 0
+        owner, cliques = owner[kept], cliques[kept]
+
+    spans = zip(map(roles.__getitem__, label.tolist()), start.tolist(), end.tolist(), strict=True)
+    arguments = np.fromiter(spans, dtype=object, count=len(label))
+    names, base = list(kinds), first[owner]
+    type_names = list(map(names.__getitem__, kind[owner].tolist()))
+    events: list[DecodedEvent] = []
+    for part in (slice(begin, begin + EVENTS_AT_ONCE) for begin in range(0, len(cliques), EVENTS_AT_ONCE)):
+        members, ends = members_of(cliques[part])
+        stops = ends.tolist()
+        members += np.repeat(base[part], np.diff(ends, prepend=0))
+        chosen = tuple(arguments.take(members).tolist())
+        events += zip(type_names[part], [chosen[begin:stop] for begin, stop in pairwise([0, *stops])], strict=True)
+    borders = np.searchsorted(sentence[owner], np.arange(batch + 1)).tolist()
     return [events[begin:stop] for begin, stop in pairwise(borders)]
 
 
@@ -112,49 +145,39 @@ def _nodes(
     """(graph, start, end, label) of the arguments, so ordered; a graph is sentence * types + type."""
     batch, num_labels, length, _ = scores.shape
     num_types = int(type_of.max()) + 1
-    cells, values = _positive_cells(scores, places, limit=max_nodes * num_types)
-    sentence, label, start, end = np.unravel_index(cells, tuple(scores.shape))
-    graph = sentence * num_types + type_of[label]
-    shape = (batch * num_types, length, length, num_labels)
-    order = np.ravel_multi_index((graph, start, end, label), shape)
-    if len(graph) and np.bincount(graph).max() > max_nodes:
-        warnings.warn(
-            "more candidate arguments of one event type in a sentence than max_nodes: the best-scoring ones are kept "
-            "(usual in the first epochs)",
-            stacklevel=3,
-        )
-        best_first = np.lexsort((-values, graph))
-        graph = graph[best_first]
-        order = order[best_first][np.arange(len(graph)) - np.searchsorted(graph, graph) < max_nodes]
-    return np.unravel_index(np.sort(order), shape)
-
-
-def _positive_cells(
-    scores: Tensor | FactoredScores, places: Tensor | None, limit: int
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Flat positions of the scores above 0 and these scores, at most `limit` of a sentence: more cannot survive."""
-    batch, num_labels, length, _ = scores.shape
-    size = num_labels * length * length
-    columns: list[Tensor] = []
-    values: list[Tensor] = []
-    together = max(1, CELLS_AT_ONCE // size)
-    for rows in (slice(first, first + together) for first in range(0, batch, together)):
+    allowed = None if places is None else places.cpu().numpy()
+    together = max(1, CELLS_AT_ONCE // (num_labels * length * length))
+    found = []
+    for begin in range(0, batch, together):
+        rows = slice(begin, begin + together)
         if isinstance(scores, FactoredScores):
             block = FactoredScores(scores.shared[rows], scores.start[rows], scores.end[rows]).dense()
         else:
             block = scores[rows]
-        positive = (block > 0).triu_()
-        if places is not None:
-            positive &= (places[rows, :, None] & places[rows, None, :])[:, None]
-        cells = positive.flatten().nonzero()[:, 0]
-        value = block.flatten()[cells]
-        if len(cells) > limit and max(counts := torch.bincount(cells // size, minlength=len(block)).tolist()) > limit:
-            best = [part.topk(min(limit, len(part)))[1] for part in value.split(counts)]
-            cells = torch.cat([part[chosen] for part, chosen in zip(cells.split(counts), best, strict=True)])
-            value = torch.cat([part[chosen] for part, chosen in zip(value.split(counts), best, strict=True)])
-        columns.append(cells + rows.start * size)
-        values.append(value)
-    return torch.cat(columns).cpu().numpy(), torch.cat(values).float().cpu().numpy()
+        row, end = np.divmod(_positive_cells(block), length)
+        matrix, start = np.divmod(row, length)
+        sentence, label = np.divmod(matrix, num_labels)
+        sentence += begin
+        good = start <= end
+        if allowed is not None:
+            good &= allowed[sentence, start] & allowed[sentence, end]
+        graph = sentence * num_types + type_of[label]
+        order = ((graph * length + start) * length + end) * num_labels + label
+        order = order[good]
+        found.append(order)
+    order = np.sort(np.concatenate(found))
+    rest, label = np.divmod(order, num_labels)
+    rest, end = np.divmod(rest, length)
+    graph, start = np.divmod(rest, length)
+    return graph, start, end, label
+
+
+def _positive_cells(block: Tensor) -> NDArray[np.int64]:
+    """Flat positions of the scores above 0."""
+    positive = (block > 0).flatten()
+    if positive.device.type == "cpu":
+        return np.flatnonzero(positive.numpy())  # several times as fast as PyTorch's
+    return positive.nonzero()[:, 0].cpu().numpy()
 
 
 def _adjacency(
