@@ -1,9 +1,9 @@
 """ZeRO 1, 2, 3 on two CPU processes: bytes per process (counted) and step time, beside DDP and Lightning's settings.
 
 A 20 M-parameter MLP with AdamW in float32. "float32 copy" is the copy of its part of the parameters that DeepSpeed's
-optimiser works on, also where the parameters are float32 already, as a share of DDP's parameters. The peer is Lightning's own `DeepSpeedStrategy` with its default settings;
-only its refusal of CPUs is lifted. Each turn starts two processes for DDP and our stages, and two for DDP and the
-peer's; the ratio is to the DDP of the same processes.
+optimiser works on, also where the parameters are float32 already, as a share of DDP's parameters. The peer is
+Lightning's own `DeepSpeedStrategy` with its default settings; only its refusal of CPUs is lifted. Each turn starts two
+processes for DDP and our stages, and two for DDP and the peer's; the ratio is to the DDP of the same processes.
 
     OMP_NUM_THREADS=1 python benchmarks/zero.py [--repeats 5] [--steps 12] [--json FILE]
 """
