@@ -34,7 +34,8 @@ class TechniqueMixin(Strategy):
 
     def _carry(self, techniques: Iterable[Technique]) -> None:
         self.techniques = check_techniques(type(self).__name__, techniques)
-        self._position = Position()
+        self._positions: list[Position] = []
+        self._pending: list[dict[str, Any]] = []
         self._attached: pl.LightningModule | None = None
 
     # Techniques
@@ -118,7 +119,18 @@ class TechniqueMixin(Strategy):
         trainer = self._trainer
         if trainer is None or trainer.state.fn != TrainerFn.FITTING or not trainer.training:
             return dataloader
-        return ResumableLoader(dataloader, self._position)
+        position = Position()
+        if self._pending:
+            position.pending = self._pending.pop(0)
+        self._positions.append(position)
+        return ResumableLoader(dataloader, position)
+
+    @property
+    def positions(self) -> list[Position]:
+        """The position in each of the training loaders; there is one unless the module trains on several."""
+        combined = None if self._trainer is None else self._trainer.fit_loop._combined_loader
+        # Loaders may have been made anew during the run: the last ones count.
+        return self._positions[-len(combined.flattened) :] if combined is not None else []
 
     @property
     def _trainer(self) -> pl.Trainer | None:
@@ -152,7 +164,8 @@ class TechniqueMixin(Strategy):
         super().on_train_batch_start(batch, batch_idx)
         batches = 1 if self._trainer is None else self._trainer.accumulate_grad_batches
         if batches > 1 and batch_idx % batches == 0:
-            self._position.start_window(batch_idx)
+            for position in self.positions:
+                position.start_window(batch_idx)
 
     def annotate(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Return the checkpoint with its description and the position of every process added.
@@ -164,7 +177,7 @@ class TechniqueMixin(Strategy):
         progress = trainer.fit_loop.epoch_loop.batch_progress
         done = 0 if progress.is_last_batch else progress.current.processed  # type: ignore[attr-defined]
         open_batches = done % trainer.accumulate_grad_batches
-        own = self._position.state(done, open_batches)
+        own = [position.state(done, open_batches) for position in self.positions or [Position()]]
         positions: list[Any] = [own]
         if self.world_size > 1:
             positions = [None] * self.world_size
@@ -207,13 +220,15 @@ class TechniqueMixin(Strategy):
             self.restore_position(path, own["description"], own["position"])
         return checkpoint
 
-    def restore_position(self, path: Path, description: dict[str, Any], positions: Sequence[dict[str, Any]]) -> None:
+    def restore_position(
+        self, path: Path, description: dict[str, Any], positions: Sequence[list[dict[str, Any]]]
+    ) -> None:
         """Continue where each process was."""
         saved, now = description["world_size"], self.world_size
         if saved == now:
-            self._position.pending = positions[self.global_rank]
+            self._pending = list(positions[self.global_rank])
             return
-        if positions[0]["batches"]:
+        if positions[0][0]["batches"]:
             raise InputError(
                 f"{path} was saved by {saved} processes in the middle of an epoch, now {now}: "
                 f"resume with trainer.devices={saved}, or from a checkpoint of the end of an epoch."

@@ -50,7 +50,7 @@ class ZeroPrecision(DeepSpeedPrecision):
         """Run steps under autocast for the mixed precisions."""
         if "mixed" not in self.precision:
             return nullcontext()
-        return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", dtype=self._desired_dtype)
+        return torch.autocast(_deepspeed_device(), dtype=self._desired_dtype)
 
     def convert_input(self, data: Any) -> Any:
         """Leave inputs to autocast for the mixed precisions; cast them for the others."""
@@ -137,6 +137,11 @@ class Zero(TechniqueMixin, DeepSpeedStrategy):
         if isinstance(self.accelerator, CUDAAccelerator):
             super().setup_distributed()
             return
+        if _deepspeed_device() != "cpu":
+            raise InputError(
+                f"Zero on CPUs: DeepSpeed has chosen {_deepspeed_device()!r}; "
+                "set DS_ACCELERATOR=cpu in the environment, or use trainer.accelerator=gpu."
+            )
         reset_seed()
         self.set_world_ranks()
         without_shared_memory()
@@ -356,6 +361,14 @@ class Zero(TechniqueMixin, DeepSpeedStrategy):
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
         """Register nothing here; `kexue.strategies` registers all bases."""
+
+
+def _deepspeed_device() -> str:
+    """Return the kind of device that DeepSpeed has chosen for this process, "cpu" or "cuda"."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator: Any = get_accelerator()
+    return accelerator.device_name()
 
 
 def _checkpoint_engine() -> Any:

@@ -72,3 +72,16 @@ def test_worker_processes_resume_in_the_right_order(persistent: bool, sampler: s
     for at in (9, 12):
         assert differences(runs["resumed", at], runs["whole"]) == (0.0, 0.0)
         assert len(runs["resumed", at]["losses"]) == 24 - at
+
+
+def test_several_loaders_each_resume_at_their_own_place(tmp_path: Path) -> None:
+    path = str(tmp_path / "mid.ckpt")
+    options = {"shuffle": "random", "dropout": 0.2, "epochs": 3, "loaders": 2}
+    cells: dict[Any, Any] = {
+        "whole": (("single",), options),
+        "save": (("single",), {**options, "save": path, "save_at_step": 9, "max_steps": 10}),
+        "resumed": (("single",), {**options, "resume": path}),
+    }
+    runs = run_ranks(run_all, 1, cells)[0]
+    assert len(runs["resumed"]["losses"]) == 18 - 9
+    assert differences(runs["resumed"], runs["whole"]) == (0.0, 0.0)

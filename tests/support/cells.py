@@ -48,7 +48,9 @@ class Classifier(pl.LightningModule):
         self.optimizer, self.lr, self.scheduler = optimizer, lr, scheduler
         self.losses: list[float] = []
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if isinstance(batch, list):  # several loaders
+            batch = {key: torch.cat([part[key] for part in batch]) for key in batch[0]}
         loss = nn.functional.cross_entropy(self(batch["ids"]).float(), batch["labels"])
         self.losses.append(loss.item())
         return loss
@@ -193,6 +195,7 @@ def train(
     shuffle: bool | str = False,
     strategy: dict[str, Any] | None = None,
     loader_options: dict[str, Any] | None = None,
+    loaders: int = 1,
     stock: Any = None,
     **module_options: Any,
 ) -> dict[str, Any]:
@@ -222,8 +225,8 @@ def train(
     )
     # Ranks draw different dropout masks, as they would in a real run.
     torch.manual_seed(100 + rank)
-    data = loader(rank, world, rows, batch, shuffle, **(loader_options or {}))
-    trainer.fit(model, data, ckpt_path=resume)
+    data = [loader(rank, world, rows, batch, shuffle, **(loader_options or {})) for _ in range(loaders)]
+    trainer.fit(model, data[0] if loaders == 1 else data, ckpt_path=resume)
     if save is not None and save_at_step is None:
         trainer.save_checkpoint(save)
     result = {"losses": _mean_over_ranks(model.losses, world), "step": trainer.global_step}
