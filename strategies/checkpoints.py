@@ -209,6 +209,30 @@ def tensors_only() -> Iterator[None]:
             os.environ[variable] = before
 
 
+def synced_checkpoint_engine() -> Any:
+    """Make the object through which DeepSpeed reads and writes files: synced, and without running code from them."""
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    class SyncedCheckpointEngine(TorchCheckpointEngine):
+        failure: str | None = None
+
+        def save(self, state_dict: Any, path: str) -> None:
+            # An error on one process must not leave the others waiting: it is kept, and raised by all of them.
+            try:
+                with Path(path).open("wb") as file:
+                    torch.save(state_dict, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except (OSError, RuntimeError) as error:
+                self.failure = str(error) or type(error).__name__
+
+        def load(self, path: str, map_location: Any = None) -> Any:
+            with tensors_only():
+                return torch.load(path, map_location=map_location)
+
+    return SyncedCheckpointEngine()
+
+
 def check_parameters(path: Path, saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
     """Compare names and shapes of a checkpoint's weights with those of the module it is to be loaded into.
 

@@ -37,6 +37,7 @@ from .checkpoints import (
     publish,
     remove,
     sync_file,
+    synced_checkpoint_engine,
     tensors_only,
 )
 from .gloo import suit_deepspeed, without_shared_memory
@@ -230,7 +231,7 @@ class Zero(TechniqueMixin, DeepSpeedStrategy):
 
     def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any | None = None) -> Any:
         engine, optimizer = super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
-        engine.checkpoint_engine = _checkpoint_engine()
+        engine.checkpoint_engine = synced_checkpoint_engine()
         return engine, optimizer
 
     def _initialize_deepspeed_inference(self, model: Any) -> None:
@@ -369,30 +370,6 @@ def _deepspeed_device() -> str:
 
     accelerator: Any = get_accelerator()
     return accelerator.device_name()
-
-
-def _checkpoint_engine() -> Any:
-    """Make the object through which DeepSpeed reads and writes files: synced, and without running code from them."""
-    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-
-    class SyncedCheckpointEngine(TorchCheckpointEngine):
-        failure: str | None = None
-
-        def save(self, state_dict: Any, path: str) -> None:
-            # An error on one process must not leave the others waiting: it is kept, and raised by all of them.
-            try:
-                with Path(path).open("wb") as file:
-                    torch.save(state_dict, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-            except (OSError, RuntimeError) as error:
-                self.failure = str(error) or type(error).__name__
-
-        def load(self, path: str, map_location: Any = None) -> Any:
-            with tensors_only():
-                return torch.load(path, map_location=map_location)
-
-    return SyncedCheckpointEngine()
 
 
 def _overlay(base: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

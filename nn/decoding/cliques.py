@@ -46,10 +46,7 @@ def maximal_cliques(adjacency: NDArray[np.bool_], cap: int | None = None) -> lis
     Raises:
         InputError: the matrix is not square or too large.
     """
-    adjacency = np.asarray(adjacency, dtype=bool)
-    if adjacency.ndim != 2:
-        raise InputError(f"maximal_cliques(adjacency of shape {adjacency.shape}): use a square matrix")
-    _, members, ends = batched_maximal_cliques(adjacency[None], cap=cap)
+    _, members, ends = batched_maximal_cliques(np.asarray(adjacency)[None], cap=cap)
     nodes, borders = members.tolist(), [0, *ends.tolist()]
     return [tuple(nodes[start:end]) for start, end in pairwise(borders)]
 
@@ -115,13 +112,11 @@ def clique_words(
 
 def members_of(cliques: Words) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Nodes of the cliques one after the other, ascending within each, and where each clique ends among them."""
-    octets = 1
-    while octets < 8 and (cliques >> np.uint64(8 * octets)).any():
-        octets *= 2  # a power of two of them: then a place holds its node in its low bits
-    bits = np.unpackbits(_octets(cliques)[:, :octets], axis=1, bitorder="little")
-    places = np.flatnonzero(bits.view(np.bool_))
-    places &= 8 * octets - 1
-    return places, np.cumsum(np.bitwise_count(cliques), dtype=np.int64)
+    width = max(8, 1 << (int(cliques.max(initial=1)).bit_length() - 1).bit_length())
+    bits = np.unpackbits(_octets(cliques)[:, : width // 8], axis=1, bitorder="little")
+    members = np.flatnonzero(bits.view(np.bool_))
+    members &= width - 1  # a power of two: the low bits of a place are its node
+    return members, np.cumsum(np.bitwise_count(cliques), dtype=np.int64)
 
 
 def _search(near: Words, cap: int | None) -> tuple[NDArray[np.int64], Words]:
@@ -162,14 +157,14 @@ def _search(near: Words, cap: int | None) -> tuple[NDArray[np.int64], Words]:
 def _all_at_once(near: Words, shift: np.uint64) -> Words:
     """Cliques of all graphs of few nodes, from the neighbours of each node `(G, N)`."""
     count, nodes = near.shape
-    sets = near.astype(np.uint16)
-    common = np.empty((count, 1 << nodes), np.uint16)  # of each subset of the nodes
-    common[:, 0] = (1 << nodes) - 1
+    sets = near.T.astype(np.uint16, order="C")
+    common = np.empty((1 << nodes, count), np.uint16)  # of each subset of the nodes
+    common[0] = (1 << nodes) - 1
     for node in range(nodes):
         half = 1 << node
-        np.bitwise_and(common[:, :half], sets[:, node, None], out=common[:, half : 2 * half])
-    place = np.flatnonzero(common == SUBSETS[: 1 << nodes]).view(np.uint64)
-    return (place >> np.uint64(nodes) << shift) | (place & BELOW[nodes])
+        np.bitwise_and(common[:half], sets[node], out=common[half : 2 * half])
+    subset, graph = np.divmod(np.flatnonzero(common == SUBSETS[: 1 << nodes, None]), count)
+    return (graph.view(np.uint64) << shift) | subset.view(np.uint64)
 
 
 def _one_by_one(near: list[int]) -> tuple[Words, int]:

@@ -45,7 +45,20 @@ def decode_events(
     return decode_event_batch(*scores, labels, max_nodes=max_nodes, required_role=required_role)[0]
 
 
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Events are tuples of strings and numbers, many thousands and no cycle: to look for cycles is a waste of time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 @torch.no_grad()
+@_no_garbage_collection()
 def decode_event_batch(
     argument_scores: Tensor | FactoredScores,
     head_scores: Tensor,
@@ -77,32 +90,6 @@ def decode_event_batch(
         raise InputError(f"decode_events(max_nodes={max_nodes}): use 1 to {MAX_NODES}")
     if len(labels) != argument_scores.shape[1]:
         raise InputError(f"decode_events: {len(labels)} labels for scores of {argument_scores.shape[1]} labels")
-    with _no_garbage_collection():
-        return _decode(argument_scores, head_scores, tail_scores, labels, places, max_nodes, max_events, required_role)
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Events are tuples of strings and numbers, thousands of them and no cycle: to look for cycles doubles the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _decode(
-    argument_scores: Tensor | FactoredScores,
-    head_scores: Tensor,
-    tail_scores: Tensor,
-    labels: Sequence[Sequence[str]],
-    places: Tensor | None,
-    max_nodes: int,
-    max_events: int,
-    required_role: str | None,
-) -> list[list[DecodedEvent]]:
     kinds = {event_type: number for number, event_type in enumerate(dict.fromkeys(kind for kind, _ in labels))}
     type_of = np.array([kinds[event_type] for event_type, _ in labels])
     graph, start, end, label = _nodes(argument_scores, places, type_of, max_nodes)
@@ -115,7 +102,7 @@ def _decode(
     sizes = sizes[present]
     first = np.cumsum(sizes) - sizes  # the nodes of a graph are neighbours in the list
     sentence, kind = np.divmod(present, len(kinds))
-    adjacency = _adjacency(head_scores, tail_scores, sentence, start, end, first, sizes)
+    adjacency = _adjacency([(head_scores, start), (tail_scores, end)], sentence, first, sizes)
     owner, cliques = clique_words(adjacency, sizes, cap=max_events)
     roles = [role for _, role in labels]
     if required_role is not None:
@@ -145,60 +132,82 @@ def _nodes(
     """(graph, start, end, label) of the arguments, so ordered; a graph is sentence * types + type."""
     batch, num_labels, length, _ = scores.shape
     num_types = int(type_of.max()) + 1
-    allowed = None if places is None else places.cpu().numpy()
+    graph_of = (np.arange(batch)[:, None] * num_types + type_of).ravel()
     together = max(1, CELLS_AT_ONCE // (num_labels * length * length))
-    found = []
-    for begin in range(0, batch, together):
-        rows = slice(begin, begin + together)
+    found, crowded = [], False
+    for first in range(0, batch, together):
+        rows = slice(first, first + together)
         if isinstance(scores, FactoredScores):
             block = FactoredScores(scores.shared[rows], scores.start[rows], scores.end[rows]).dense()
         else:
             block = scores[rows]
-        row, end = np.divmod(_positive_cells(block), length)
-        matrix, start = np.divmod(row, length)
-        sentence, label = np.divmod(matrix, num_labels)
-        sentence += begin
-        good = start <= end
-        if allowed is not None:
-            good &= allowed[sentence, start] & allowed[sentence, end]
-        graph = sentence * num_types + type_of[label]
-        order = ((graph * length + start) * length + end) * num_labels + label
-        order = order[good]
-        found.append(order)
-    order = np.sort(np.concatenate(found))
-    rest, label = np.divmod(order, num_labels)
-    rest, end = np.divmod(rest, length)
-    graph, start = np.divmod(rest, length)
+        block = block.flatten(0, 1)
+        matrix, start, end = _positive_cells(block, length)
+        seen = start <= end
+        if places is not None:
+            allowed, sentence = places[rows].cpu().numpy(), matrix // num_labels
+            seen &= allowed[sentence, start] & allowed[sentence, end]
+        if not seen.all():
+            matrix, start, end = matrix[seen], start[seen], end[seen]
+        graph = graph_of[first * num_labels :].take(matrix)
+        if len(graph) > max_nodes and np.bincount(graph).max() > max_nodes:
+            best = _best_cells(block, (matrix, start, end), graph, max_nodes)
+            matrix, start, end, graph = matrix[best], start[best], end[best], graph[best]
+            crowded = True
+        # One number for each, in the order wanted.
+        found.append(((graph * length + start) * length + end) * num_labels + matrix % num_labels)
+    if crowded:
+        warnings.warn(
+            "more candidate arguments of one event type in a sentence than max_nodes: the best-scoring ones are kept "
+            "(usual in the first epochs)",
+            stacklevel=5,
+        )
+    order, label = np.divmod(np.sort(np.concatenate(found)), num_labels)
+    order, end = np.divmod(order, length)
+    graph, start = np.divmod(order, length)
     return graph, start, end, label
 
 
-def _positive_cells(block: Tensor) -> NDArray[np.int64]:
-    """Flat positions of the scores above 0."""
-    positive = (block > 0).flatten()
+def _positive_cells(matrices: Tensor, length: int) -> tuple[NDArray[np.int64], ...]:
+    """(matrix, row, column) of the scores above 0."""
+    positive = (matrices > 0).flatten()
     if positive.device.type == "cpu":
-        return np.flatnonzero(positive.numpy())  # several times as fast as PyTorch's
-    return positive.nonzero()[:, 0].cpu().numpy()
+        cells = np.flatnonzero(positive.numpy())  # several times as fast as PyTorch's
+    else:
+        cells = positive.nonzero()[:, 0].cpu().numpy()
+    rows, column = np.divmod(cells, length)
+    return *np.divmod(rows, length), column
+
+
+def _best_cells(
+    matrices: Tensor, cells: tuple[NDArray[np.int64], ...], graph: NDArray[np.int64], count: int
+) -> NDArray[np.int64]:
+    """Which cells are the `count` best of their graph."""
+    cell = tuple(torch.from_numpy(part).to(matrices.device) for part in cells)
+    values = matrices[cell].float()
+    # Sorting all would take long; the best of a graph are among the best of its matrices.
+    seen = values.new_full(matrices.shape, -torch.inf)
+    seen[cell] = values
+    lowest = seen.flatten(1).topk(min(count, seen[0].numel()))[0][:, -1]
+    chosen = np.flatnonzero((values >= lowest[cell[0]]).cpu().numpy())
+    graph, score = graph[chosen], values.cpu().numpy()[chosen]
+    best_first = np.lexsort((-score, graph))
+    graph = graph[best_first]
+    return chosen[best_first[np.arange(len(graph)) - np.searchsorted(graph, graph) < count]]
 
 
 def _adjacency(
-    head_scores: Tensor,
-    tail_scores: Tensor,
-    sentence: NDArray,
-    start: NDArray,
-    end: NDArray,
-    first: NDArray,
-    sizes: NDArray,
+    links: Sequence[tuple[Tensor, NDArray]], sentence: NDArray, first: NDArray, sizes: NDArray
 ) -> NDArray[np.bool_]:
     """Links between the nodes of each graph, `(G, N, N)`; cells beyond a graph's size mean nothing."""
-    length = head_scores.shape[-1]
-    node = np.minimum(first[:, None] + np.arange(sizes.max()), len(start) - 1)
-    offset = (sentence * length * length)[:, None, None]
+    node = np.minimum(first[:, None] + np.arange(sizes.max()), sizes.sum() - 1)
     linked = []
-    for scores, tokens in ((head_scores, start[node]), (tail_scores, end[node])):
-        here, there = tokens[:, :, None], tokens[:, None, :]
+    for scores, tokens in links:
+        here, there = tokens[node][:, :, None], tokens[node][:, None, :]
         cell = np.minimum(here, there)
+        length = scores.shape[-1]
         cell *= length
         cell += np.maximum(here, there)
-        cell += offset
+        cell += (sentence * length * length)[:, None, None]
         linked.append((scores > 0).cpu().numpy().ravel().take(cell))
     return linked[0] & linked[1]

@@ -1,5 +1,6 @@
 """Decoding: gold events to score matrices and back, with the cases that other decoders get wrong."""
 
+import gc
 import warnings
 
 import pytest
@@ -74,6 +75,16 @@ def test_sentences_of_a_batch_stay_apart() -> None:
     assert [as_sets(events) for events in found] == [as_sets(case) for case in cases]
 
 
+def test_labels_in_any_order() -> None:
+    order = [5, 0, 3, 1, 4, 2]
+    labels = [LABELS[number] for number in order]
+    for case in CASES.values():
+        arguments, heads, tails = gold_scores(case)
+        assert as_sets(decode_events(arguments[order], heads, tails, labels)) == as_sets(case)
+    with pytest.warns(UserWarning, match="max_nodes"):
+        decode_events(arguments[order], heads, tails, labels, max_nodes=1)
+
+
 def test_both_links_are_needed() -> None:
     case = CASES["nested spans"]
     arguments, heads, tails = gold_scores(case)
@@ -103,6 +114,43 @@ def test_the_best_nodes_are_kept_and_it_is_said() -> None:
     assert as_sets(events) == {
         ("arrest", frozenset({("who", start, end)})) for start, end in ((10, 10), (10, 11), (11, 11))
     }
+
+
+def test_a_noisy_type_leaves_room_for_the_others() -> None:
+    case = CASES["nested spans"]
+    arguments, heads, tails = gold_scores(case)
+    arguments[1] = torch.linspace(5, 6, 144).view(12, 12)
+    arguments[2] = torch.linspace(6, 7, 144).view(12, 12)
+    with pytest.warns(UserWarning, match="max_nodes"):
+        events = decode_events(arguments, heads, tails, LABELS, max_nodes=3)
+    assert as_sets([event for event in events if event[0] == "meet"]) == as_sets(case)
+    spans = {span for kind, arguments in events if kind == "arrest" for span in arguments}
+    assert spans == {("term", start, end) for start, end in ((10, 10), (10, 11), (11, 11))}
+
+
+def test_the_best_are_kept_of_several_matrices_and_places() -> None:
+    arguments, heads, tails = gold_scores([])
+    arguments[0, 3, 5], arguments[1, 4, 4], arguments[2, 6, 7], arguments[2, 8, 8] = 2, 4, 3, 1
+    arguments[1, 11, 11] = 9
+    places = torch.ones(1, 12, dtype=torch.bool)
+    places[0, 11] = False
+    with pytest.warns(UserWarning, match="max_nodes"):
+        found = decode_event_batch(arguments[None], heads[None], tails[None], LABELS, places, max_nodes=2)
+    assert as_sets(found[0]) == {("arrest", frozenset({span})) for span in (("who", 4, 4), ("term", 6, 7))}
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(enabled: bool) -> None:
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        decode_events(*gold_scores(CASES["nested spans"]), LABELS)
+        assert gc.isenabled() == enabled
+        with pytest.raises(InputError):
+            decode_events(*gold_scores([]), LABELS, max_nodes=0)
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_an_untrained_model_does_not_explode() -> None:
