@@ -40,12 +40,8 @@ def report(name: str, rows: Sequence[Mapping[str, Any]], path: str | Path | None
         rows: One mapping a line; the keys of the first are the columns.
         path: JSON file to write.
     """
-    columns = list(rows[0])
-    cells = [[_cell(row.get(column, "")) for column in columns] for row in rows]
-    widths = [max(len(line[i]) for line in [columns, *cells]) for i in range(len(columns))]
     print(f"\n### {name}\n")
-    for line in [columns, ["-" * width for width in widths], *cells]:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
+    print(table(rows))
     if path is not None:
         machine = {
             "processor": platform.machine(),
@@ -56,6 +52,17 @@ def report(name: str, rows: Sequence[Mapping[str, Any]], path: str | Path | None
         text = json.dumps({"name": name, "machine": machine, "rows": list(rows)}, indent=2, ensure_ascii=False)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows as a Markdown table; the keys of the first are the columns."""
+    columns = list(rows[0])
+    cells = [[_cell(row.get(column, "")) for column in columns] for row in rows]
+    widths = [max(len(line[i]) for line in [columns, *cells]) for i in range(len(columns))]
+    lines = [columns, ["-" * width for width in widths], *cells]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )
 
 
 def _cell(value: Any) -> str:
