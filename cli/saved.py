@@ -35,6 +35,7 @@ class SavedRun:
         from pytorch_lightning import seed_everything
 
         from ..strategies import SingleDevice
+        from ..strategies.checkpoints import put_weights
         from . import session
 
         if self.config["seed"] is not None:
@@ -42,7 +43,8 @@ class SavedRun:
         assets = self.folder / "assets"
         data = session.make_data(self.config, assets if assets.is_dir() else None)
         model = session.make_model(self.config, data)
-        session.put_weights(model, self.checkpoint)
+        model.configure_model()
+        put_weights(model, self.checkpoint)
         # All callbacks, because some decide what is evaluated (averaged weights) or what comes of it (plots).
         callbacks = [*session.make_parts(self.config, "callbacks"), *more]
         trainer = session.make_trainer(

@@ -13,7 +13,6 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ..data.base import KexueDataModule
 from ..errors import InputError
-from ..strategies.checkpoints import check_parameters, load_weights
 from .errors import one_line
 from .run_dir import write_config
 from .targets import build, check_arguments, resolve
@@ -133,19 +132,6 @@ def make_trainer(
 def has_test(model: pl.LightningModule, data: KexueDataModule) -> bool:
     """Whether there is a test to run."""
     return is_overridden("test_step", model) and is_overridden("test_dataloader", data)
-
-
-def put_weights(model: pl.LightningModule, checkpoint: Path) -> None:
-    """Load the weights of a checkpoint of any strategy, strictly, on one device, whoever saved it.
-
-    Raises:
-        InputError: a checkpoint of another model.
-    """
-    model.configure_model()
-    weights = load_weights(checkpoint)
-    present = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    check_parameters(checkpoint, {name: tuple(value.shape) for name, value in weights.items()}, present)
-    model.load_state_dict(weights)
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

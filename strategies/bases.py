@@ -15,7 +15,7 @@ from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from pytorch_lightning.trainer.states import TrainerFn
 
 from ..errors import InputError
-from .checkpoints import KEY, AtomicCheckpointIO, check_parameters, load_weights
+from .checkpoints import KEY, AtomicCheckpointIO, check_parameters, shapes_of
 from .resume import Position, ResumableLoader, rewind
 from .technique import Technique, check_techniques
 
@@ -157,7 +157,7 @@ class TechniqueMixin(Strategy):
         """Return name and full shape of each entry of the module's `state_dict`."""
         assert self.lightning_module is not None
         # keep_vars: a parameter that ZeRO-3 has divided is empty and carries its full shape as an attribute.
-        return {name: list(shape_of(value)) for name, value in self.lightning_module.state_dict(keep_vars=True).items()}
+        return shapes_of(self.lightning_module.state_dict(keep_vars=True))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Remember where each window of accumulated batches starts."""
@@ -212,9 +212,7 @@ class TechniqueMixin(Strategy):
         """
         path = Path(checkpoint_path)
         checkpoint = super().load_checkpoint(path, weights_only=weights_only is not False)
-        check_parameters(
-            path, {n: shape_of(v) for n, v in checkpoint.get("state_dict", {}).items()}, self.parameter_shapes()
-        )
+        check_parameters(path, shapes_of(checkpoint.get("state_dict", {})), self.parameter_shapes())
         own = checkpoint.get(KEY)
         if own is not None and self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             self.restore_position(path, own["description"], own["position"])
@@ -237,18 +235,6 @@ class TechniqueMixin(Strategy):
             f"{path} was saved by {saved} processes, now {now}: weights, optimiser and counters continue, "
             "random numbers and the order of the data are new."
         )
-
-    def load_weights(self, path: Path) -> None:
-        """Load the weights of any complete checkpoint, of whatever strategy, into the module, strictly."""
-        assert self.lightning_module is not None
-        weights = load_weights(path)
-        check_parameters(path, {name: tensor.shape for name, tensor in weights.items()}, self.parameter_shapes())
-        self.lightning_module.load_state_dict(weights)
-
-
-def shape_of(value: Any) -> tuple[int, ...]:
-    """Return the shape of a state entry: a tensor's (ZeRO-3 keeps the full one aside), or () for plain values."""
-    return tuple(getattr(value, "ds_shape", getattr(value, "shape", ())))
 
 
 class SingleDevice(TechniqueMixin, SingleDeviceStrategy):

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError
 
@@ -231,6 +231,22 @@ def synced_checkpoint_engine() -> Any:
                 return torch.load(path, map_location=map_location)
 
     return SyncedCheckpointEngine()
+
+
+def put_weights(module: nn.Module, path: Path) -> None:
+    """Load the weights of any complete checkpoint, of whatever strategy, into a module, strictly.
+
+    Raises:
+        InputError: As `load_weights`, and if it is a checkpoint of another model.
+    """
+    weights = load_weights(path)
+    check_parameters(path, shapes_of(weights), shapes_of(module.state_dict()))
+    module.load_state_dict(weights)
+
+
+def shapes_of(state: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Return the shape of each entry of a `state_dict`; a tensor that ZeRO-3 has divided keeps its full one aside."""
+    return {name: list(getattr(v, "ds_shape", getattr(v, "shape", ()))) for name, v in state.items()}
 
 
 def check_parameters(path: Path, saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:

@@ -96,7 +96,7 @@ def suit_deepspeed() -> None:
     """Let DeepSpeed's process group use these collectives, and keep large buffers in this process.
 
     ZeRO makes and drops flat buffers as large as its part of the model in every step. By default the C library gives
-    such blocks back to the kernel at once, and every page of the next one costs a fault: a third of the step's time.
+    such blocks back to the kernel at once, and every page of the next one costs a fault.
     """
     from deepspeed.comm import comm
 

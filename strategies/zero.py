@@ -35,7 +35,9 @@ from .checkpoints import (
     load_weights,
     partial_path,
     publish,
+    put_weights,
     remove,
+    shapes_of,
     sync_file,
     synced_checkpoint_engine,
     tensors_only,
@@ -352,11 +354,12 @@ class Zero(TechniqueMixin, DeepSpeedStrategy):
 
     def load_weights(self, path: Path) -> None:
         """Load the weights of any complete checkpoint into the module, also where its parameters are divided."""
+        assert self.lightning_module is not None
         if self.stage < 3:
-            super().load_weights(path)
+            put_weights(self.lightning_module, path)
             return
         weights = load_weights(path)
-        check_parameters(path, {name: tensor.shape for name, tensor in weights.items()}, self.parameter_shapes())
+        check_parameters(path, shapes_of(weights), self.parameter_shapes())
         self._restore_zero_state({"state_dict": weights}, strict=True)
 
     @classmethod
