@@ -1,14 +1,15 @@
 """Event decoding: sentences/s of kexue, of the rule's plain recursion, and of networkx, from the same score matrices.
 
 Each sentence holds one event type. Its arguments form a random graph of the given density, or, in the rows named
-"shared", what events make: 2 to 5 cliques that cover the nodes and share some of them. All three give the same events,
-which is checked on 64 sentences of a row before anything is timed. The peers read nodes and links of a sentence with a
-few array operations.
+"shared", what events make: 2 to 5 cliques that cover the nodes and share some of them. All three give the same result,
+the arguments of each event in the order of the text; this is checked on 64 sentences of a row before anything is timed.
+The peers read nodes and links of a sentence with a few array operations.
 
 Three comparisons with networkx: from scores to events; cliques alone from graphs that are ready, both as Python lists;
 and the same with our cliques as the arrays that the search returns. "1000 by 64" decodes 1000 sentences in batches,
-once. The recursion explodes on dense graphs: it gets `--limit` seconds a row, and where that is not enough for one
-sentence, its speed is an upper bound and the ratio to it a lower one.
+once. `timeit` repeats what is short and stops the garbage collector, whose full runs would hit whoever is at work; the
+results to be collected are the same on both sides. The recursion explodes on dense graphs: it gets `--limit` seconds a
+row, and where that is not enough for one sentence, its speed is an upper bound and the ratio to it a lower one.
 
     python benchmarks/event_decoding.py [--json FILE] [--repeats 3] [--limit 1] [--nodes 10 20 30] [--sentences 1000]
 """
@@ -17,7 +18,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
+import timeit
+from collections.abc import Callable, Iterable, Iterator
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -28,13 +30,12 @@ from common import in_turn, median_and_spread, report
 from torch import Tensor
 
 from kexue.nn.decoding import batched_maximal_cliques, decode_event_batch
-from kexue.nn.decoding.events import DecodedEvent
+from kexue.nn.decoding.events import Events, Span
 
 CHECKED = 64
 """So many sentences of a row are decoded in all three ways and compared."""
-LABELS = [["event", f"role {number}"] for number in range(4)]
-Node = tuple[str, int, int]
-Event = Sequence[Node]
+TYPE = "event"
+LABELS = [[TYPE, f"role {number}"] for number in range(4)]
 Scores = tuple[Tensor, Tensor, Tensor]
 
 
@@ -74,10 +75,10 @@ def matrices(graphs: list[nx.Graph]) -> np.ndarray:
     return np.stack([nx.to_numpy_array(graph, nodelist=range(len(graph)), dtype=bool) for graph in graphs])
 
 
-def nodes_and_links(scores: Scores) -> Iterator[tuple[list[Node], list[tuple[int, int]]]]:
-    """What both peers start from: the nodes of each sentence and its linked pairs."""
+def nodes_and_links(scores: Scores) -> Iterator[tuple[list[Span], list[tuple[int, int]]]]:
+    """What both peers start from: the nodes of each sentence, in the order of the text, and its linked pairs."""
     for arguments, heads, tails in zip(*((part.numpy() > 0) for part in scores), strict=True):
-        label, start, end = arguments.nonzero()
+        start, end, label = arguments.transpose(1, 2, 0).nonzero()
         nodes = [(LABELS[i][1], j, k) for i, j, k in zip(label.tolist(), start.tolist(), end.tolist(), strict=True)]
         head, tail = heads | heads.T, tails | tails.T  # only cells i <= j hold anything
         one, other = (head[start[:, None], start] & tail[end[:, None], end]).nonzero()
@@ -106,45 +107,49 @@ def neighbours(count: int, links: list[tuple[int, int]]) -> list[set[int]]:
     return near
 
 
-def by_networkx(scores: Scores) -> list[list[Event]]:
-    decoded: list[list[Event]] = []
+def spelt_out(nodes: list[Span], cliques: Iterable[Iterable[int]]) -> Events:
+    return {TYPE: [tuple([nodes[node] for node in sorted(clique)]) for clique in cliques]}
+
+
+def by_networkx(scores: Scores) -> list[Events]:
+    decoded: list[Events] = []
     for nodes, links in nodes_and_links(scores):
         graph = nx.Graph()
         graph.add_nodes_from(range(len(nodes)))
         graph.add_edges_from(links)
-        decoded.append([[nodes[node] for node in clique] for clique in nx.find_cliques(graph)])
+        decoded.append(spelt_out(nodes, nx.find_cliques(graph)))
     return decoded
 
 
-def by_recursion(scores: Scores, limit: float) -> tuple[list[list[Event]], float]:
+def by_recursion(scores: Scores, limit: float) -> tuple[list[Events], float]:
     """Events of as many sentences as the time allows, and the sentences/s (an upper bound when there are none)."""
     begin = time.perf_counter()
-    decoded: list[list[Event]] = []
+    decoded: list[Events] = []
     try:
         for nodes, links in nodes_and_links(scores):
             cliques = recursive_cliques(frozenset(range(len(nodes))), neighbours(len(nodes), links), begin + limit)
-            decoded.append([[nodes[node] for node in clique] for clique in cliques])
+            decoded.append(spelt_out(nodes, cliques))
     except OutOfTime:
         pass
     return decoded, max(len(decoded), 1) / (time.perf_counter() - begin)
 
 
-def by_kexue(scores: Scores, batch: int) -> list[list[DecodedEvent]]:
-    decoded: list[list[DecodedEvent]] = []
+def by_kexue(scores: Scores, batch: int) -> list[Events]:
+    decoded: list[Events] = []
     for first in range(0, len(scores[0]), batch):
         arguments, heads, tails = (part[first : first + batch] for part in scores)
         decoded += decode_event_batch(arguments, heads, tails, LABELS, max_nodes=30, max_events=100_000)
     return decoded
 
 
-def in_any_order(events: list[Event]) -> list[list[Node]]:
-    return sorted(sorted(event) for event in events)
+def in_any_order(decoded: list[Events]) -> list[list[tuple[Span, ...]]]:
+    return [sorted(events[TYPE]) for events in decoded]
 
 
 def timed(function: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    function()
-    return time.perf_counter() - begin
+    """Seconds of one call."""
+    calls, seconds = timeit.Timer(function).autorange()
+    return seconds / calls
 
 
 def measure(nodes: int, kind: float | str, batch: int, count: int, repeats: int, limit: float) -> dict[str, Any]:
@@ -153,10 +158,10 @@ def measure(nodes: int, kind: float | str, batch: int, count: int, repeats: int,
     edges = matrices(graphs)
     arguments, heads, tails = scores
     some = arguments[:CHECKED], heads[:CHECKED], tails[:CHECKED]
-    expected = [in_any_order(events) for events in by_networkx(some)]
-    assert [in_any_order([spans for _, spans in events]) for events in by_kexue(some, batch)] == expected
+    expected = in_any_order(by_networkx(some))
+    assert in_any_order(by_kexue(some, batch)) == expected
     recursive, speed = by_recursion(some, limit)
-    assert [in_any_order(events) for events in recursive] == expected[: len(recursive)]
+    assert in_any_order(recursive) == expected[: len(recursive)]
 
     def our_arrays() -> None:
         for first in range(0, count, batch):

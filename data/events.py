@@ -15,10 +15,11 @@ from ..errors import InputError
 from .base import HostList, KexueDataModule, Split
 from .duee import labels_of, read_events, read_schema, write_answers
 from .generators.event_sentences import SCHEMA, event_sentences
+from .packing import even_fit
 from .records import TRIGGER_ROLE, EventRecord
 from .rows import OnBadRow, read_text
 from .targets import Cell, event_targets
-from .tokenizer import CharTokenizer
+from .tokenizers import CharTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ class EventDataModule(KexueDataModule):
         lowercase, half_width: see `CharTokenizer`.
         max_length: most tokens of a training sentence with [CLS] and [SEP]; a longer one is a bad row. Sentences to be
             scored or predicted on are never cut or left out.
+        row_budget: let the encoder see several sentences in a row, at most so many tokens (or the longest sentence of
+            the batch where that is more); None: a row each, filled up to the longest.
         num_generated: training sentences made by the generator, and a tenth of it for validation and test each.
         eval_batch_size, num_workers, seed, on_bad_row, bad_rows_file: see `KexueDataModule`.
     """
@@ -57,6 +60,7 @@ class EventDataModule(KexueDataModule):
         lowercase: bool = False,
         half_width: bool = False,
         max_length: int = 512,
+        row_budget: int | None = None,
         num_generated: int = 2000,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
@@ -74,6 +78,8 @@ class EventDataModule(KexueDataModule):
         )
         if max_length < 3:
             raise InputError(f"data.max_length={max_length}: use 3 or more, [CLS] and [SEP] count")
+        if row_budget is not None and row_budget < 1:
+            raise InputError(f"data.row_budget={row_budget}: use 1 or more, or null for rows of one sentence")
         if num_generated < 10:
             raise InputError(f"data.num_generated={num_generated}: use 10 or more, a tenth is for validation")
         self.root = Path(root).expanduser() if root is not None else None
@@ -83,6 +89,7 @@ class EventDataModule(KexueDataModule):
         self.lowercase = lowercase
         self.half_width = half_width
         self.max_length = max_length
+        self.row_budget = row_budget
         self.num_generated = num_generated
         self.tokenizer: CharTokenizer | None = None
         self.labels: list[list[str]] = []
@@ -115,7 +122,8 @@ class EventDataModule(KexueDataModule):
 
     def collator(self) -> "EventCollator":
         """An `EventCollator` for this vocabulary and these labels."""
-        return EventCollator(self._tokenizer(), {(kind, role): i for i, (kind, role) in enumerate(self.labels)})
+        label_ids = {(kind, role): i for i, (kind, role) in enumerate(self.labels)}
+        return EventCollator(self._tokenizer(), label_ids, self.row_budget)
 
     def length(self, record: EventRecord) -> int:
         """Characters of the text."""
@@ -185,11 +193,13 @@ class EventCollator:
 
     The batch holds `ids` (B, T) and `mask` (B, T), True where there is a token; `num_tokens`, the number of these;
     `argument_labels` (B, P, 3), `head_labels` (B, Q, 3) and `tail_labels` (B, R, 3), rows of (label, row, column)
-    filled up with -1, see `EventTargets`; `records` and `offsets` (character span of each token) as they are.
+    filled up with -1, see `EventTargets`; `records` and `offsets` (character span of each token) as they are. With a
+    `row_budget` there are also `starts` (B, 2), the place of each sentence in packed rows.
     """
 
     tokenizer: CharTokenizer
     label_ids: dict[tuple[str, str], int]
+    row_budget: int | None = None
 
     def __call__(self, records: list[EventRecord]) -> dict[str, Any]:
         """Encode, mark and fill up."""
@@ -203,10 +213,14 @@ class EventCollator:
             starts = {start: token for token, (start, _) in spans}
             ends = {end: token for token, (_, end) in spans}
             targets.append(event_targets(record, starts, ends, self.label_ids))
+        packed = {}
+        if self.row_budget is not None:
+            packed["starts"] = torch.from_numpy(even_fit(lengths, max(self.row_budget, int(lengths.max()))))
         return {
             "ids": torch.from_numpy(ids),
             "mask": torch.from_numpy(np.arange(ids.shape[1]) < lengths[:, None]),
             "num_tokens": int(lengths.sum()),
+            **packed,
             "argument_labels": _stack([target.arguments for target in targets]),
             "head_labels": _stack([target.heads for target in targets]),
             "tail_labels": _stack([target.tails for target in targets]),

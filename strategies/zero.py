@@ -234,6 +234,8 @@ class Zero(TechniqueMixin, DeepSpeedStrategy):
     def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any | None = None) -> Any:
         engine, optimizer = super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
         engine.checkpoint_engine = synced_checkpoint_engine()
+        for buffer in model.buffers():  # the engine does so for parameters, DDP for both
+            torch.distributed.broadcast(buffer, src=0)
         return engine, optimizer
 
     def _initialize_deepspeed_inference(self, model: Any) -> None:

@@ -29,13 +29,13 @@ INSIDE = {
     "conf": set(),
 }
 MATHS = {"torch", "torchmetrics", "numpy", "scipy", "safetensors", "huggingface_hub"}
-OUTSIDE = {"": set(), "nn": MATHS, "analysis": MATHS, "conf": set()}
+OUTSIDE = {"": set(), "nn": MATHS, "analysis": MATHS | {"matplotlib"}, "conf": set()}
 ONLY_CLI = {"hydra", "omegaconf"}
 NEVER = {
     "lightning": "its classes are strangers to pytorch_lightning's",
     "kexue": "imports within the package are relative",
 }
-IN_FUNCTIONS = {"deepspeed", "wandb", "submitit", "matplotlib", "sklearn", "transformers"}
+IN_FUNCTIONS = {"deepspeed", "wandb", "submitit", "matplotlib", "sklearn", "transformers", "rjieba", "huggingface_hub"}
 
 
 def python_files(root: Path) -> list[Path]:
@@ -92,6 +92,9 @@ def test_import_rules() -> None:
     [
         ("nn/layer.py", "import pytorch_lightning"),
         ("nn/heads/layer.py", "from ...data.records import Event"),
+        ("analysis/plan.py", "from ..strategies import find_blocks"),
+        ("analysis/plan.py", "import pytorch_lightning"),
+        ("analysis/studies/draw.py", "import matplotlib"),
         ("data/reader.py", "from ..nn import heads"),
         ("lightning_modules/extraction/model.py", "from ...strategies import Zero"),
         ("lightning_modules/extraction/model.py", "from ...data.base import KexueDataModule"),
@@ -145,6 +148,20 @@ def test_list_is_quick_and_without_torch() -> None:
     assert seconds < 1.0
     assert [line.split()[0] for line in output.splitlines()] == sorted(
         p.stem for p in ROOT.glob("conf/experiment/*.yaml")
+    )
+    assert all(len(line.split(maxsplit=1)) == 2 for line in output.splitlines())
+
+
+def test_studies_are_listed_quickly_and_without_torch() -> None:
+    program = (
+        "import sys; from kexue.cli.main import main; code = main(['study']);"
+        "heavy = {'torch', 'numpy', 'pytorch_lightning', 'hydra', 'matplotlib'} & set(sys.modules);"
+        "sys.exit(code or ' '.join(heavy) or 0)"
+    )
+    seconds, output = quickest([sys.executable, "-c", program])
+    assert seconds < 1.0
+    assert [line.split()[0] for line in output.splitlines()] == sorted(
+        p.stem for p in ROOT.glob("analysis/studies/*.py") if not p.stem.startswith("_")
     )
     assert all(len(line.split(maxsplit=1)) == 2 for line in output.splitlines())
 

@@ -22,8 +22,8 @@ from ...nn.decoding.events import Span
 from ...nn.heads import EfficientGlobalPointer, FactoredScores, GlobalPointer
 from ...nn.losses import multilabel_pointer_loss
 from ...nn.optim import OptimizerFactory
-from ...nn.transformer import Encoder, TransformerConfig
-from ...nn.transformer.config import NormPlacement, Positions
+from ...nn.transformer import Transformer, TransformerConfig, encode
+from ...nn.transformer.config import Norm, Positions
 from .predictions import Predictions
 
 Scores = Tensor | FactoredScores
@@ -74,7 +74,7 @@ class EventGPLinker(pl.LightningModule):
         InputError: a value out of range; labels that are empty, repeated or not pairs.
     """
 
-    encoder: Encoder
+    encoder: Transformer
     head: EventPointers
 
     def __init__(
@@ -88,7 +88,7 @@ class EventGPLinker(pl.LightningModule):
         dropout: float = 0.1,
         max_length: int = 512,
         positions: Positions = "rope",
-        norm: NormPlacement = "pre",
+        norm: Norm = "pre",
         head_size: int = 64,
         head: HeadKind = "efficient",
         max_nodes: int = 30,
@@ -108,7 +108,16 @@ class EventGPLinker(pl.LightningModule):
         self.head_size = head_size
         self.head_kind: HeadKind = head
         self.config = TransformerConfig(
-            vocab_size, dim, num_layers, num_heads, feedforward_dim, dropout, max_length, positions, norm
+            vocab_size,
+            dim,
+            num_layers,
+            num_heads,
+            feedforward_dim,
+            dropout,
+            max_length,
+            positions,
+            norm,
+            feedforward_dropout=dropout,
         )
         self.max_nodes = max_nodes
         self.required_role = TRIGGER_ROLE if require_trigger else None
@@ -119,23 +128,26 @@ class EventGPLinker(pl.LightningModule):
 
     def configure_model(self) -> None:
         if not hasattr(self, "encoder"):
-            self.encoder = Encoder(self.config)
+            self.encoder = Transformer(self.config)
             self.head = EventPointers(self.config.dim, len(self.labels), self.head_size, self.head_kind)
 
     def blocks(self) -> Iterable[nn.Module]:
         """The repeated units of the encoder."""
-        return self.encoder.layers
+        return self.encoder.blocks()
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> dict[str, Scores]:
         """Scores of the three pointers, see `EventPointers.forward`, for token ids `(B, T)`."""
         return self.head(self.encoder(ids, mask), mask)
+
+    def _scores(self, batch: dict[str, Any]) -> dict[str, Scores]:
+        return self.head(encode(self.encoder, batch), batch["mask"])
 
     def task_losses(self, features: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Loss of each pointer, given the encoder's output `(B, T, D)`."""
         return self._losses(self.head(features, batch["mask"]), batch)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        losses = self.task_losses(self.encoder(batch["ids"], batch["mask"]), batch)
+        losses = self.task_losses(encode(self.encoder, batch), batch)
         loss = torch.stack(list(losses.values())).sum()
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch["ids"]))
         return {"loss": loss, "losses": losses}
@@ -148,7 +160,7 @@ class EventGPLinker(pl.LightningModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int = 0) -> Predictions[EventRecord]:
         """The records of the batch with the events that the model finds in them, see `without_contained`."""
-        found = self._extract(self(batch["ids"], batch["mask"]), batch)
+        found = self._extract(self._scores(batch), batch)
         return Predictions(replace(record, events=without_contained(record.events)) for record in found)
 
     def on_validation_epoch_start(self) -> None:
@@ -181,7 +193,7 @@ class EventGPLinker(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _evaluate(self, batch: dict[str, Any], stage: str) -> None:
-        scores = self(batch["ids"], batch["mask"])
+        scores = self._scores(batch)
         loss = torch.stack(list(self._losses(scores, batch).values())).sum()
         self.log(f"{stage}/loss", loss, on_epoch=True, sync_dist=True, batch_size=len(batch["ids"]))
         found = self._extract(scores, batch)
@@ -210,7 +222,11 @@ class EventGPLinker(pl.LightningModule):
             required_role=self.required_role,
         )
         return [
-            EventRecord(record.id, record.text, tuple(_event(record.text, offsets, *event) for event in events))
+            EventRecord(
+                record.id,
+                record.text,
+                tuple(_event(record.text, offsets, kind, spans) for kind, group in events.items() for spans in group),
+            )
             for record, offsets, events in zip(batch["records"], batch["offsets"], decoded, strict=True)
         ]
 

@@ -71,8 +71,7 @@ def batched_maximal_cliques(
         InputError: the matrices are not square or too large.
     """
     graph, clique = clique_words(adjacency, sizes, cap)
-    members, ends = members_of(clique)
-    return graph, members, ends
+    return graph, members_of(clique), np.cumsum(np.bitwise_count(clique), dtype=np.int64)
 
 
 def clique_words(
@@ -110,13 +109,13 @@ def clique_words(
     return graph, clique
 
 
-def members_of(cliques: Words) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Nodes of the cliques one after the other, ascending within each, and where each clique ends among them."""
+def members_of(cliques: Words) -> NDArray[np.int64]:
+    """Nodes of the cliques one after the other, ascending within each."""
     width = max(8, 1 << (int(cliques.max(initial=1)).bit_length() - 1).bit_length())
-    bits = np.unpackbits(_octets(cliques)[:, : width // 8], axis=1, bitorder="little")
+    bits = np.unpackbits(cliques.astype(f"<u{width // 8}").view(np.uint8), bitorder="little")
     members = np.flatnonzero(bits.view(np.bool_))
     members &= width - 1  # a power of two: the low bits of a place are its node
-    return members, np.cumsum(np.bitwise_count(cliques), dtype=np.int64)
+    return members
 
 
 def _search(near: Words, cap: int | None) -> tuple[NDArray[np.int64], Words]:
@@ -148,7 +147,7 @@ def _search(near: Words, cap: int | None) -> tuple[NDArray[np.int64], Words]:
         different = np.ones(len(new), np.bool_)
         np.not_equal(new[1:], new[:-1], out=different[1:])
         keys = np.concatenate([kept, new[different]])
-    keys.sort()
+    keys.sort(kind="stable")  # few runs, each in order
     if cap is not None and len(keys) > cap:
         keys = _first_of_each(keys, shift, cap)
     return (keys >> shift).view(np.int64), keys & ~numbers
@@ -237,10 +236,9 @@ def _first_of_each(keys: Words, shift: np.uint64, count: int) -> Words:
 
 def _pack(rows: NDArray[np.bool_]) -> Words:
     """Booleans `(..., N)` as words `(...)`, the first one lowest."""
-    packed = np.packbits(rows, axis=-1, bitorder="little")
-    octets = np.zeros((*packed.shape[:-1], 8), np.uint8)
-    octets[..., : packed.shape[-1]] = packed
-    return octets.view("<u8")[..., 0].astype(np.uint64, copy=False)
+    wide = np.zeros((*rows.shape[:-1], 64), np.bool_)
+    wide[..., : rows.shape[-1]] = rows
+    return np.packbits(wide, bitorder="little").view("<u8").astype(np.uint64, copy=False).reshape(rows.shape[:-1])
 
 
 def _octets(words: Words) -> NDArray[np.uint8]:

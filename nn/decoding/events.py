@@ -7,11 +7,9 @@ the maximal cliques of its graph. Since nodes are distinct, no event's arguments
 Source: https://kexue.fm/archives/8926.
 """
 
-import gc
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import chain, islice, pairwise
 
 import numpy as np
 import torch
@@ -20,16 +18,16 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..heads.scores import FactoredScores
-from .cliques import BIT, MAX_NODES, clique_words, members_of
+from .cliques import BIT, MAX_NODES, Words, clique_words, members_of
 
 Span = tuple[str, int, int]
 """(role, first token, last token), the last one inclusive."""
-DecodedEvent = tuple[str, tuple[Span, ...]]
-"""(event type, arguments in the order of the text)."""
+Events = dict[str, list[tuple[Span, ...]]]
+"""The events of each type that is there, an event being its arguments in the order of the text."""
 CELLS_AT_ONCE = 1 << 22
 """Scores written out and searched together."""
-EVENTS_AT_ONCE = 1 << 11
-"""Events built together: what they are built from stays in the processor's cache."""
+EVENTS_AT_ONCE = 1 << 12
+"""Events spelt out together: what they are made of stays in the processor's cache."""
 
 
 def decode_events(
@@ -39,26 +37,13 @@ def decode_events(
     labels: Sequence[Sequence[str]],
     max_nodes: int = 30,
     required_role: str | None = None,
-) -> list[DecodedEvent]:
+) -> Events:
     """Events of one sentence: `decode_event_batch` for scores `(H, T, T)`, `(T, T)` and `(T, T)`."""
     scores = argument_scores[None], head_scores[None], tail_scores[None]
     return decode_event_batch(*scores, labels, max_nodes=max_nodes, required_role=required_role)[0]
 
 
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Events are tuples of strings and numbers, many thousands and no cycle: to look for cycles is a waste of time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 @torch.no_grad()
-@_no_garbage_collection()
 def decode_event_batch(
     argument_scores: Tensor | FactoredScores,
     head_scores: Tensor,
@@ -69,7 +54,7 @@ def decode_event_batch(
     max_nodes: int = 30,
     max_events: int = 1000,
     required_role: str | None = None,
-) -> list[list[DecodedEvent]]:
+) -> list[Events]:
     """Events of every sentence of a batch; a cell counts when its score is above 0.
 
     Args:
@@ -92,10 +77,10 @@ def decode_event_batch(
         raise InputError(f"decode_events: {len(labels)} labels for scores of {argument_scores.shape[1]} labels")
     kinds = {event_type: number for number, event_type in enumerate(dict.fromkeys(kind for kind, _ in labels))}
     type_of = np.array([kinds[event_type] for event_type, _ in labels])
-    graph, start, end, label = _nodes(argument_scores, places, type_of, max_nodes)
+    graph, start, end, label = _nodes(argument_scores, places, type_of, len(kinds), max_nodes)
     batch = len(argument_scores)
     if not len(graph):
-        return [[] for _ in range(batch)]
+        return [{} for _ in range(batch)]
 
     sizes = np.bincount(graph)
     present = np.flatnonzero(sizes)
@@ -104,36 +89,51 @@ def decode_event_batch(
     sentence, kind = np.divmod(present, len(kinds))
     adjacency = _adjacency([(head_scores, start), (tail_scores, end)], sentence, first, sizes)
     owner, cliques = clique_words(adjacency, sizes, cap=max_events)
-    roles = [role for _, role in labels]
+    roles = np.array([role for _, role in labels], dtype=object)
     if required_role is not None:
-        wanted = np.array([role == required_role for role in roles])[label]
+        wanted = (roles == required_role)[label]
         bit = BIT[np.arange(len(label)) - np.repeat(first, sizes)] * wanted
         kept = (cliques & np.bitwise_or.reduceat(bit, first)[owner]) != 0
         owner, cliques = owner[kept], cliques[kept]
 
-    spans = zip(map(roles.__getitem__, label.tolist()), start.tolist(), end.tolist(), strict=True)
+    spans = zip(roles.take(label).tolist(), start.tolist(), end.tolist(), strict=True)
     arguments = np.fromiter(spans, dtype=object, count=len(label))
-    names, base = list(kinds), first[owner]
-    type_names = list(map(names.__getitem__, kind[owner].tolist()))
-    events: list[DecodedEvent] = []
-    for part in (slice(begin, begin + EVENTS_AT_ONCE) for begin in range(0, len(cliques), EVENTS_AT_ONCE)):
-        members, ends = members_of(cliques[part])
-        stops = ends.tolist()
-        members += np.repeat(base[part], np.diff(ends, prepend=0))
-        chosen = tuple(arguments.take(members).tolist())
-        events += zip(type_names[part], [chosen[begin:stop] for begin, stop in pairwise([0, *stops])], strict=True)
-    borders = np.searchsorted(sentence[owner], np.arange(batch + 1)).tolist()
-    return [events[begin:stop] for begin, stop in pairwise(borders)]
+    events = _spell_out(cliques, first[owner], arguments)
+    borders = np.searchsorted(owner, np.arange(len(present) + 1)).tolist()
+    names = list(kinds)
+    decoded: list[Events] = [{} for _ in range(batch)]
+    for row, number, (begin, stop) in zip(sentence.tolist(), kind.tolist(), pairwise(borders), strict=True):
+        if begin < stop:
+            decoded[row][names[number]] = events[begin:stop]
+    return decoded
+
+
+def _spell_out(cliques: Words, first: NDArray, arguments: NDArray[np.object_]) -> list[tuple[Span, ...]]:
+    """The arguments of each clique; `first` is where those of its graph begin."""
+    events: list[tuple[Span, ...]] = []
+    for begin in range(0, len(cliques), EVENTS_AT_ONCE):
+        part = slice(begin, begin + EVENTS_AT_ONCE)
+        sizes = np.bitwise_count(cliques[part])
+        order = sizes.argsort(kind="stable")
+        members = members_of(cliques[part][order])
+        members += np.repeat(first[part][order], sizes[order])
+        chosen = iter(arguments.take(members).tolist())
+        # Cliques of one size are cut from the list in a single step, afterwards all go back to where they were.
+        groups = (islice(zip(*[chosen] * size, strict=True), count) for size, count in enumerate(np.bincount(sizes)))
+        by_size = np.fromiter(chain.from_iterable(groups), dtype=object, count=len(order))
+        in_order = np.empty_like(by_size)
+        in_order[order] = by_size
+        events += in_order.tolist()
+    return events
 
 
 def _nodes(
-    scores: Tensor | FactoredScores, places: Tensor | None, type_of: NDArray, max_nodes: int
+    scores: Tensor | FactoredScores, places: Tensor | None, type_of: NDArray, num_types: int, max_nodes: int
 ) -> tuple[NDArray, ...]:
     """(graph, start, end, label) of the arguments, so ordered; a graph is sentence * types + type."""
     batch, num_labels, length, _ = scores.shape
-    num_types = int(type_of.max()) + 1
-    graph_of = (np.arange(batch)[:, None] * num_types + type_of).ravel()
     together = max(1, CELLS_AT_ONCE // (num_labels * length * length))
+    in_order = batch * num_types, length, length, num_labels
     found, crowded = [], False
     for first in range(0, batch, together):
         rows = slice(first, first + together)
@@ -141,55 +141,53 @@ def _nodes(
             block = FactoredScores(scores.shared[rows], scores.start[rows], scores.end[rows]).dense()
         else:
             block = scores[rows]
-        block = block.flatten(0, 1)
-        matrix, start, end = _positive_cells(block, length)
+        sentence, label, start, end = cells = _positive_cells(block)
         seen = start <= end
         if places is not None:
-            allowed, sentence = places[rows].cpu().numpy(), matrix // num_labels
+            allowed = places[rows].cpu().numpy()
             seen &= allowed[sentence, start] & allowed[sentence, end]
         if not seen.all():
-            matrix, start, end = matrix[seen], start[seen], end[seen]
-        graph = graph_of[first * num_labels :].take(matrix)
+            sentence, label, start, end = cells = tuple(part[seen] for part in cells)
+        graph = (sentence + first) * num_types + type_of[label]
         if len(graph) > max_nodes and np.bincount(graph).max() > max_nodes:
-            best = _best_cells(block, (matrix, start, end), graph, max_nodes)
-            matrix, start, end, graph = matrix[best], start[best], end[best], graph[best]
+            best = _best_cells(block, cells, graph, max_nodes)
+            graph, start, end, label = graph[best], start[best], end[best], label[best]
             crowded = True
-        # One number for each, in the order wanted.
-        found.append(((graph * length + start) * length + end) * num_labels + matrix % num_labels)
+        found.append(np.ravel_multi_index((graph, start, end, label), in_order))
     if crowded:
         warnings.warn(
             "more candidate arguments of one event type in a sentence than max_nodes: the best-scoring ones are kept "
             "(usual in the first epochs)",
-            stacklevel=5,
+            stacklevel=4,
         )
-    order, label = np.divmod(np.sort(np.concatenate(found)), num_labels)
-    order, end = np.divmod(order, length)
-    graph, start = np.divmod(order, length)
-    return graph, start, end, label
+    return np.unravel_index(np.sort(np.concatenate(found)), in_order)
 
 
-def _positive_cells(matrices: Tensor, length: int) -> tuple[NDArray[np.int64], ...]:
-    """(matrix, row, column) of the scores above 0."""
-    positive = (matrices > 0).flatten()
-    if positive.device.type == "cpu":
-        cells = np.flatnonzero(positive.numpy())  # several times as fast as PyTorch's
-    else:
-        cells = positive.nonzero()[:, 0].cpu().numpy()
-    rows, column = np.divmod(cells, length)
-    return *np.divmod(rows, length), column
+def _positive_cells(scores: Tensor) -> tuple[NDArray[np.int64], ...]:
+    """Indices of the scores above 0, one array for each dimension."""
+    if scores.device.type != "cpu":
+        return tuple((scores > 0).nonzero().T.cpu().numpy())
+    return np.unravel_index(np.flatnonzero(_positive(scores)), scores.shape)
+
+
+def _positive(scores: Tensor) -> NDArray[np.bool_]:
+    """Where the scores are above 0. NumPy finds out several times as fast as PyTorch, but has no bfloat16."""
+    if scores.device.type != "cpu":
+        return (scores > 0).cpu().numpy()
+    return (scores.float() if scores.dtype == torch.bfloat16 else scores).numpy() > 0
 
 
 def _best_cells(
-    matrices: Tensor, cells: tuple[NDArray[np.int64], ...], graph: NDArray[np.int64], count: int
+    scores: Tensor, cells: tuple[NDArray[np.int64], ...], graph: NDArray[np.int64], count: int
 ) -> NDArray[np.int64]:
     """Which cells are the `count` best of their graph."""
-    cell = tuple(torch.from_numpy(part).to(matrices.device) for part in cells)
-    values = matrices[cell].float()
+    cell = tuple(torch.from_numpy(part).to(scores.device) for part in cells)
+    values = scores[cell].float()
     # Sorting all would take long; the best of a graph are among the best of its matrices.
-    seen = values.new_full(matrices.shape, -torch.inf)
+    seen = values.new_full(scores.shape, -torch.inf)
     seen[cell] = values
-    lowest = seen.flatten(1).topk(min(count, seen[0].numel()))[0][:, -1]
-    chosen = np.flatnonzero((values >= lowest[cell[0]]).cpu().numpy())
+    lowest = seen.flatten(2).topk(min(count, seen[0, 0].numel()))[0][..., -1]
+    chosen = np.flatnonzero((values >= lowest[cell[:2]]).cpu().numpy())
     graph, score = graph[chosen], values.cpu().numpy()[chosen]
     best_first = np.lexsort((-score, graph))
     graph = graph[best_first]
@@ -200,14 +198,12 @@ def _adjacency(
     links: Sequence[tuple[Tensor, NDArray]], sentence: NDArray, first: NDArray, sizes: NDArray
 ) -> NDArray[np.bool_]:
     """Links between the nodes of each graph, `(G, N, N)`; cells beyond a graph's size mean nothing."""
-    node = np.minimum(first[:, None] + np.arange(sizes.max()), sizes.sum() - 1)
-    linked = []
+    # Graphs come last here, for NumPy is fast along long rows.
+    node = np.minimum(np.arange(sizes.max())[:, None] + first, sizes.sum() - 1)
+    linked = np.ones((), np.bool_)
     for scores, tokens in links:
-        here, there = tokens[node][:, :, None], tokens[node][:, None, :]
-        cell = np.minimum(here, there)
-        length = scores.shape[-1]
-        cell *= length
-        cell += np.maximum(here, there)
-        cell += (sentence * length * length)[:, None, None]
-        linked.append((scores > 0).cpu().numpy().ravel().take(cell))
-    return linked[0] & linked[1]
+        token, length = tokens[node], scores.shape[-1]
+        cell = ((sentence * length + token) * length)[:, None] + token
+        cell = np.minimum(cell, cell.swapaxes(0, 1))  # of (i, j) and (j, i), the one above the diagonal
+        linked = linked & _positive(scores).ravel().take(cell)
+    return linked.transpose(2, 0, 1)

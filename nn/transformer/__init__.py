@@ -1,17 +1,43 @@
-"""The Transformer and its parts: attention, positions, blocks, encoder."""
+"""The Transformer and its parts: attention, positions, masks, blocks, stacks, heads, caches."""
 
-from .attention import SelfAttention, attention_mask
+from .attention import Attention, Context, entropy_factor
+from .blocks import FeedForward, TransformerBlock
+from .cache import Cache, Memory
 from .config import TransformerConfig
-from .encoder import Encoder, TransformerBlock
-from .rotary import position_angles, rotate, sinusoids
+from .decoder import CachedDecoder, weights_by_column
+from .embeddings import Embedding, Table
+from .masks import Visibility, visibility
+from .packing import encode
+from .positions import position_angles, rotate, sinusoids
+from .residual import ResidualConstants, residual_constants
+from .transformer import EncoderDecoder, Layers, Transformer, unshared
+from .weights import from_pretrained, to_pretrained
 
 __all__ = [
-    "Encoder",
-    "SelfAttention",
+    "Attention",
+    "Cache",
+    "CachedDecoder",
+    "Context",
+    "Embedding",
+    "EncoderDecoder",
+    "FeedForward",
+    "Layers",
+    "Memory",
+    "ResidualConstants",
+    "Table",
+    "Transformer",
     "TransformerBlock",
     "TransformerConfig",
-    "attention_mask",
+    "Visibility",
+    "encode",
+    "entropy_factor",
+    "from_pretrained",
     "position_angles",
+    "residual_constants",
     "rotate",
     "sinusoids",
+    "to_pretrained",
+    "unshared",
+    "visibility",
+    "weights_by_column",
 ]

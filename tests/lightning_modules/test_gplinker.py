@@ -13,6 +13,7 @@ from kexue.data.events import EventDataModule
 from kexue.data.records import TRIGGER_ROLE, Argument, Event, EventRecord
 from kexue.errors import InputError
 from kexue.lightning_modules.extraction.gplinker import EventGPLinker, plain_events, without_contained
+from kexue.nn.transformer import encode
 
 TINY = {"dim": 32, "num_layers": 1, "num_heads": 2, "feedforward_dim": 64, "dropout": 0.0, "head_size": 16}
 
@@ -59,6 +60,23 @@ def test_loss_on_one_batch_falls(head: str) -> None:
         losses.append(output["loss"].item())
     assert losses[-1] < 0.1 * losses[0]
     assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+def test_packed_rows_give_the_losses_and_gradients_of_padded_ones() -> None:
+    plain, found = data(16, 16), []
+    rows = EventDataModule(batch_size=16, num_generated=16, row_budget=128)
+    rows.prepare()
+    for source in (plain, rows):
+        source.setup("fit")
+        module = model(source, positions="learned")
+        module.configure_model()
+        batch = next(iter(source.train_dataloader()))
+        losses = module.task_losses(encode(module.encoder, batch), batch)
+        torch.stack(list(losses.values())).sum().backward()
+        found.append(([loss.item() for loss in losses.values()], [p.grad for p in module.parameters()]))
+    assert batch["starts"][:, 0].max() < 15, "no two sentences share a row"
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-4, atol=1e-5)
 
 
 def test_the_network_is_built_once_and_offers_its_parts() -> None:

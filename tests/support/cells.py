@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from kexue.nn.transformer import EncoderDecoder, Transformer, TransformerConfig
 from kexue.strategies import DDP, ActivationCheckpointing, Lookahead, SingleDevice, Zero
 
 TECHNIQUES = {
@@ -157,7 +158,45 @@ class ManualModule(PlainModule):
             optimizer.zero_grad()  # type: ignore[union-attr]
 
 
-MODULES = {"plain": PlainModule, "shared": SharedModule, "bert": BertModule, "manual": ManualModule}
+class TransformerModule(Classifier):
+    """A kexue Transformer of any kind with its token scores, built where strategies expect it."""
+
+    block_names: Any = None
+
+    def __init__(self, config: dict[str, Any], dropout: float = 0.0, seed_by_rank: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.seed = 5 + RANK * seed_by_rank
+        sizes = {"vocab_size": 50, "dim": 16, "num_layers": 2, "num_heads": 2, "feedforward_dim": 32, "max_length": 8}
+        self.config = TransformerConfig(**(sizes | {"dropout": dropout, "heads": ("lm",)} | config))
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "net"):
+            # Seeded here: under ZeRO stage 3 the engine has drawn other numbers before.
+            torch.manual_seed(self.seed)
+            kind = EncoderDecoder if self.config.num_decoder_layers else Transformer
+            self.net = kind(self.config)
+
+    def blocks(self) -> Any:
+        return self.net.blocks()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if isinstance(self.net, EncoderDecoder):
+            return self.net.logits(self.net(ids, ids))
+        return self.net.logits(self.net(ids))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = nn.functional.cross_entropy(self(batch["ids"])[:, :-1].flatten(0, 1), batch["ids"][:, 1:].flatten())
+        self.losses.append(loss.item())
+        return loss
+
+
+MODULES = {
+    "plain": PlainModule,
+    "shared": SharedModule,
+    "bert": BertModule,
+    "manual": ManualModule,
+    "transformer": TransformerModule,
+}
 
 
 def make_strategy(base: str, techniques: list[Any], **kwargs: Any) -> Any:
@@ -231,6 +270,7 @@ def train(
         trainer.save_checkpoint(save)
     result = {"losses": _mean_over_ranks(model.losses, world), "step": trainer.global_step}
     result["weights"] = full_weights(model)
+    result["buffers"] = {name: buffer.clone().numpy() for name, buffer in model.named_buffers()}
     return result
 
 

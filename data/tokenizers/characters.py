@@ -1,6 +1,5 @@
 """One token per character: every position of the text is a position of the tokens, whatever the text holds."""
 
-import hashlib
 import json
 import re
 import unicodedata
@@ -8,23 +7,23 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Self
 
-from ..errors import InputError
-from .rows import read_text
-
-PAD, UNK, CLS, SEP = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
-SPECIAL_TOKENS = (PAD, UNK, CLS, SEP)
-VOCAB_FILE, OPTIONS_FILE = "vocab.txt", "tokenizer.json"
+from ...errors import InputError
+from ..rows import read_text
+from .files import TOKENIZER_FILE, VOCAB_FILE, read_vocabulary
+from .interface import Encoded
+from .vocabulary import SPECIAL_TOKENS, VocabularyTokenizer, hash_of
 
 _ESCAPED = re.compile(r"\\u[0-9a-f]{4}|\\U[0-9a-f]{8}")
 
 
-class CharTokenizer:
+class CharTokenizer(VocabularyTokenizer):
     """Characters (code points) to ids, with [CLS] before and [SEP] after the text.
 
     White space, control characters and combining marks are tokens like any other, so character i of a text is always
-    token i + 1. Only tokens of one character and the four special ones are used; a longer entry of a given vocabulary
-    (a BERT word or `##` piece) keeps its id and is never produced.
+    token i + 1. Only tokens of one character and the special ones are used; a longer entry of a given vocabulary (a
+    BERT word or `##` piece) keeps its id and is never produced.
 
     Args:
         vocabulary: tokens in the order of their ids.
@@ -37,22 +36,15 @@ class CharTokenizer:
     """
 
     def __init__(self, vocabulary: Sequence[str], *, lowercase: bool = False, half_width: bool = False) -> None:
-        self.vocabulary = tuple(vocabulary)
+        super().__init__(vocabulary)
         self.lowercase = lowercase
         self.half_width = half_width
-        self._ids = {token: index for index, token in enumerate(self.vocabulary)}
-        if missing := [token for token in SPECIAL_TOKENS if token not in self._ids]:
-            raise InputError(f"the vocabulary lacks {', '.join(missing)}; add each on a line of its own")
-        if len(self._ids) != len(self.vocabulary):
-            token, count = Counter(self.vocabulary).most_common(1)[0]
-            raise InputError(f"the vocabulary holds {token!r} {count} times; keep one line of each token")
-        self.pad_id, self.unk_id, self.cls_id, self.sep_id = (self._ids[token] for token in SPECIAL_TOKENS)
         self._lookup = _Lookup(self)
 
     @classmethod
     def from_texts(
         cls, texts: Iterable[str], *, min_count: int = 1, lowercase: bool = False, half_width: bool = False
-    ) -> "CharTokenizer":
+    ) -> Self:
         """Build the vocabulary from texts: special tokens, then characters seen `min_count` times, most first."""
         counts: Counter[str] = Counter()
         for text in texts:
@@ -64,22 +56,22 @@ class CharTokenizer:
         return cls([*SPECIAL_TOKENS, *kept], lowercase=lowercase, half_width=half_width)
 
     @classmethod
-    def from_vocab(cls, path: str | Path, *, lowercase: bool = False, half_width: bool = False) -> "CharTokenizer":
+    def from_vocab(cls, path: str | Path, *, lowercase: bool = False, half_width: bool = False) -> Self:
         """Read one token a line (`vocab.txt` as BERT has it, or as `save` writes it).
 
         Raises:
             InputError: no such file, not UTF-8, an empty line, a repeated token, a missing special token.
         """
-        lines = read_text(path).split("\n")
-        if not lines[-1]:
-            del lines[-1]
-        vocabulary = [_unescape(line.removesuffix("\r")) for line in lines]
-        if "" in vocabulary:
-            raise InputError(f"{path}:{vocabulary.index('') + 1}: an empty line; write one token a line")
+        vocabulary = [_unescape(line) for line in read_vocabulary(path)]
         try:
             return cls(vocabulary, lowercase=lowercase, half_width=half_width)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
+
+    @property
+    def options(self) -> dict[str, bool]:
+        """`lowercase` and `half_width`."""
+        return {"lowercase": self.lowercase, "half_width": self.half_width}
 
     def save(self, folder: str | Path) -> None:
         """Write `vocab.txt` and the options into a folder, so that `load` gives an equal tokenizer."""
@@ -87,17 +79,16 @@ class CharTokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         text = "".join(_escape(token) + "\n" for token in self.vocabulary)
         (folder / VOCAB_FILE).write_bytes(text.encode("utf-8"))
-        options = {"lowercase": self.lowercase, "half_width": self.half_width}
-        (folder / OPTIONS_FILE).write_text(json.dumps(options) + "\n", encoding="utf-8")
+        (folder / TOKENIZER_FILE).write_text(json.dumps(self.options) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: str | Path) -> "CharTokenizer":
+    def load(cls, folder: str | Path) -> Self:
         """Read what `save` wrote.
 
         Raises:
             InputError: a file is missing or broken.
         """
-        path = Path(folder) / OPTIONS_FILE
+        path = Path(folder) / TOKENIZER_FILE
         try:
             options = json.loads(read_text(path))
             lowercase, half_width = bool(options["lowercase"]), bool(options["half_width"])
@@ -105,11 +96,7 @@ class CharTokenizer:
             raise InputError(f"{path}: not the options of a tokenizer ({error}); save the tokenizer again") from error
         return cls.from_vocab(Path(folder) / VOCAB_FILE, lowercase=lowercase, half_width=half_width)
 
-    def __len__(self) -> int:
-        """Number of ids."""
-        return len(self.vocabulary)
-
-    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode(self, text: str) -> Encoded:
         """Turn a text of n characters into n + 2 ids and the character span (start, exclusive end) of each.
 
         [CLS] and [SEP] have the span (0, 0).
@@ -118,14 +105,20 @@ class CharTokenizer:
         ids = [self.cls_id, *map(self._lookup.__getitem__, text), self.sep_id]
         return ids, [(0, 0), *pairwise(places), (0, 0)]
 
-    def id_of(self, character: str) -> int:
-        """The id of one character, that of [UNK] where the vocabulary lacks it."""
-        return self._ids.get(normalise(character, self.lowercase, self.half_width), self.unk_id)
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
+        """`encode` for each of the texts."""
+        return [self.encode(text) for text in texts]
+
+    def id_of(self, token: str) -> int:
+        """The id of one character in its looked-up form or of a special token, that of [UNK] for any other."""
+        return self._ids.get(normalise(token, self.lowercase, self.half_width), self.unk_id)
 
     def fingerprint(self) -> str:
         """A hash of vocabulary and options: equal where the same text gives the same ids."""
-        content = [self.lowercase, self.half_width, *self.vocabulary]
-        return hashlib.sha256(json.dumps(content).encode("utf-8")).hexdigest()[:16]
+        return hash_of([self.lowercase, self.half_width, *self.vocabulary])
+
+    def _join(self, tokens: list[str]) -> str:
+        return "".join(tokens)
 
 
 class _Lookup(dict[str, int]):

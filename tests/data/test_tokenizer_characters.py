@@ -1,10 +1,11 @@
 """One token a character, at the same place, whatever the characters are."""
 
+import pickle
 from pathlib import Path
 
 import pytest
 
-from kexue.data.tokenizer import SPECIAL_TOKENS, CharTokenizer, normalise
+from kexue.data.tokenizers.characters import SPECIAL_TOKENS, CharTokenizer, normalise
 from kexue.errors import InputError
 
 ODD = "a\n\r\t \u3000\u2028\x00\ufeff\u200d😀é\u0301𠮷\\[UNK]中Ａ﹪ﬁİ\U000e0001\x85"
@@ -84,3 +85,26 @@ def test_broken_assets_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
     with pytest.raises(InputError, match=r"tokenizer\.json: not the options of a tokenizer"):
         CharTokenizer.load(tmp_path)
+
+
+def test_what_all_tokenizers_share() -> None:
+    tokenizer = CharTokenizer(["[MASK]", *SPECIAL_TOKENS, "中", "国", "the"])
+    assert (tokenizer.mask_id, tokenizer.pad_id) == (0, 1)
+    assert CharTokenizer.from_texts(["a"]).mask_id is None
+    ids, segments, spans = tokenizer.encode_pair("中国", "国")
+    assert ids == [3, 5, 6, 4, 6, 4]
+    assert segments == [0, 0, 0, 0, 1, 1]
+    assert spans == [(0, 0), (0, 1), (1, 2), (0, 0), (0, 1), (0, 0)]
+    assert tokenizer.decode([*ids, 1, 1]) == "中国国"
+    assert tokenizer.decode(tokenizer.encode("中x")[0]) == "中[UNK]"
+    assert (tokenizer.token_of(7), tokenizer.id_of("国"), tokenizer.id_of("x")) == ("the", 6, 2)
+    assert tokenizer.encode_batch(["中", ""]) == [tokenizer.encode("中"), tokenizer.encode("")]
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert again.fingerprint() == tokenizer.fingerprint()
+
+
+@pytest.mark.parametrize("index", [-1, 8])
+def test_an_id_outside_is_named(index: int) -> None:
+    tokenizer = CharTokenizer(["[MASK]", *SPECIAL_TOKENS, "中", "国", "the"])
+    with pytest.raises(InputError, match=rf"id {index} is not in the vocabulary; its ids go from 0 to 7"):
+        tokenizer.token_of(index)
