@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import platform
 import statistics
@@ -44,6 +45,7 @@ def report(name: str, rows: Sequence[Mapping[str, Any]], path: str | Path | None
     print(table(rows))
     if path is not None:
         machine = {
+            "date": datetime.date.today().isoformat(),
             "processor": platform.machine(),
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),

@@ -1,57 +1,87 @@
-"""Run every benchmark in turn and write docs/benchmarks.md and one JSON file each.
+"""Run benchmarks in turn and write docs/benchmarks.md from all results that there are.
 
-OMP_NUM_THREADS=1 python benchmarks/run_all.py
+    OMP_NUM_THREADS=1 python benchmarks/run_all.py [NAME ...]
+
+Without names, those run that take minutes; the long ones run when they are named. KEXUE_DATA names the folder of real
+data where a benchmark reads some.
 """
 
 from __future__ import annotations
 
-import datetime
 import json
-import platform
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+from common import table
+
 HERE = Path(__file__).parent
+# Name of the result -> script and arguments.
 SCRIPTS = {
-    "loop_overhead": ["--log-every", "50"],
-    "zero": [],
-    "zero_results": [],
-    "gloo": [],
-    "event_decoding": [],
+    "loop_overhead": ["loop_overhead", "--log-every", "50"],
+    "zero": ["zero"],
+    "zero_results": ["zero_results"],
+    "gloo": ["gloo"],
+    "event_decoding": ["event_decoding"],
+    "transformer_training": ["transformer", "--part", "training"],
+    "transformer_generation": ["transformer", "--part", "generation"],
+    "packing": ["packing"],
 }
-# Too long for every run: the page shows what they wrote when they last ran.
 LONG = {
+    "gplinker_duee": ["gplinker_duee"],
+    "deepnorm_depth": ["deepnorm_depth", "--plot", "docs/deepnorm_update.png"],
+}
+NEED_DATA = ("packing", "gplinker_duee")
+REMARKS = {
     "gplinker_duee": "Trained from scratch on 892 rows, 70 epochs, seed 42, two threads on two free cores.",
 }
 
 
 def main() -> None:
-    results = HERE / "results"
-    results.mkdir(exist_ok=True)
-    parts = [
-        "# Benchmarks\n",
-        f"{datetime.date.today().isoformat()}, {platform.machine()}, CPU only, one thread a process. `make bench` runs "
-        "them all and writes this page; each table names its script and command.\n",
-    ]
-    for name, arguments in SCRIPTS.items():
-        command = [sys.executable, str(HERE / f"{name}.py"), *arguments]
+    """Run what was asked for, then write the page."""
+    scripts = SCRIPTS | LONG
+    chosen = sys.argv[1:] or list(SCRIPTS)
+    if unknown := set(chosen) - set(scripts):
+        sys.exit(f"no benchmark {', '.join(sorted(unknown))}; choose from {', '.join(scripts)}")
+    for name in chosen:
+        script, *arguments = scripts[name]
+        if name in NEED_DATA and "KEXUE_DATA" not in os.environ:
+            print(f"{name}: left out, it reads real data; set KEXUE_DATA to their folder")
+            continue
         print(f"{name} ...", flush=True)
-        done = subprocess.run([*command, "--json", str(results / f"{name}.json")], capture_output=True, text=True)
+        command = [sys.executable, str(HERE / f"{script}.py"), *arguments, "--json", str(result_of(name))]
+        done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
-        table = done.stdout[done.stdout.index("###") :].strip()
-        shown = " ".join(["OMP_NUM_THREADS=1 python", f"benchmarks/{name}.py", *arguments])
-        parts.append(f"#{table.removeprefix('##')}\n\n`{shown}`\n")
-    for name, remark in LONG.items():
-        file = results / f"{name}.json"
-        if file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8"))
-            shown = f"KEXUE_DATA=FOLDER python benchmarks/{name}.py --json {file.relative_to(HERE.parent)}"
-            parts.append(f"## {found['name']}\n\n{remark}\n\n{table(found['rows'])}\n\n`{shown}`\n")
     page = HERE.parent / "docs" / "benchmarks.md"
-    page.write_text("\n".join(parts), encoding="utf-8")
+    page.write_text("\n".join(sections(scripts)), encoding="utf-8")
     print(f"wrote {page}")
+
+
+def result_of(name: str) -> Path:
+    """Where a benchmark writes its figures."""
+    return HERE / "results" / f"{name}.json"
+
+
+def sections(scripts: dict[str, list[str]]) -> list[str]:
+    """The page: a table for every result, with its date and the command that gives it."""
+    parts = [
+        "# Benchmarks\n",
+        "CPU only, one thread a process unless a table says otherwise. `make bench` runs those that take minutes and "
+        "writes this page; `KEXUE_DATA` names the folder of real data.\n",
+    ]
+    for name, (script, *arguments) in scripts.items():
+        for file in sorted(HERE.glob(f"results/{name}*.json")):
+            if file.stem != name and file.stem in scripts:
+                continue  # a benchmark of its own whose name begins alike
+            found = json.loads(file.read_text(encoding="utf-8"))
+            machine = found["machine"]
+            shown = " ".join(["python", f"benchmarks/{script}.py", *arguments])
+            stamp = f"{machine['date']}, {machine['processor']}, {machine['threads']} thread(s): `{shown}`"
+            remark = f"{REMARKS[name]}\n\n" if name in REMARKS else ""
+            parts.append(f"## {found['name']}\n\n{remark}{table(found['rows'])}\n\n{stamp}\n")
+    return parts
 
 
 if __name__ == "__main__":

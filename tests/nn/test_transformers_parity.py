@@ -213,7 +213,7 @@ def test_a_cache_changes_nothing(kind: str, tmp_path: Path) -> None:
     }
     theirs = build(*values[kind]).eval()
     theirs.save_pretrained(tmp_path)
-    ours = from_pretrained(tmp_path).eval()
+    ours = from_pretrained(tmp_path)
     ids = batch("none")["ids"]
     with torch.no_grad():
         expected = theirs(ids).logits
@@ -227,7 +227,7 @@ def test_the_length_of_padding_changes_nothing(
     model: str, config: str, attention: str, values: dict[str, Any], tmp_path: Path
 ) -> None:
     build(model, config, attention, values).save_pretrained(tmp_path)
-    ours = from_pretrained(tmp_path).eval()
+    ours = from_pretrained(tmp_path)
     ids = batch("none")["ids"]
     long, mask = F.pad(ids, (0, 5), value=1), F.pad(torch.ones_like(ids), (0, 5))
     assert error(ours(long, mask)[:, :9], ours(ids)) < 1e-5
@@ -285,7 +285,7 @@ def test_gpt2_ml_is_its_formula(kind: str, tmp_path: Path) -> None:
     values = {"model_type": kind, "vocab_size": 30, "n_embd": width, "n_layer": 2, "n_head": 3, "n_positions": 9}
     values |= {"n_inner": inner, "activation_function": "gelu"}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    ours = from_pretrained(tmp_path, dtype=torch.float64).eval()
+    ours = from_pretrained(tmp_path, dtype=torch.float64)
     assert ours.config.norm == "gpt2_ml"
     ids = torch.randint(30, (2, 9))
     expected = gpt2_ml_reference(state, ids, heads=3)

@@ -96,7 +96,7 @@ def test_round_trip(kind: str, tmp_path: Path) -> None:
     before = torch.get_rng_state()
     loaded = from_pretrained(tmp_path)
     assert torch.equal(torch.get_rng_state(), before)  # nothing was drawn to be overwritten
-    assert loaded.training
+    assert not loaded.training
     assert not list(loaded.buffers())  # they would be left without values
     assert set(loaded.config.heads) == set(module.config.heads)
     assert replace(loaded.config, heads=module.config.heads) == module.config

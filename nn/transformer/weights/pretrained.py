@@ -53,7 +53,7 @@ def from_pretrained(
     cache_dir: str | Path | None = None,
     **changes: Any,
 ) -> Transformer:
-    """Build the Transformer of published weights, in training mode as every new module.
+    """Build the Transformer of published weights, in evaluation mode as transformers gives its models.
 
     The layouts are those of BERT, RoBERTa, ALBERT, RoFormer and GPT-2 in transformers, and of GPT2_ML. Every weight of
     the Transformer must be in the file and every weight of the file have its place; all that differ are named at once.
@@ -62,8 +62,9 @@ def from_pretrained(
 
         def configure_model(self) -> None:
             if self.net is None:
-                self.net = from_pretrained("folder", heads=())
+                self.net = from_pretrained("folder", heads=()).train()
 
+    Lightning leaves every module in the mode it finds: without `train()` fine-tuning would go without dropout.
     Every process maps the file and copies one weight after another, under ZeRO stage 3 into its shards.
 
     Args:
@@ -107,7 +108,7 @@ def from_pretrained(
         module.to(dtype)
     check(folder, layout, weights, entries, source.wanted(module), module.config)
     source.fill(module)
-    return module
+    return module.eval()
 
 
 def to_pretrained(module: Transformer, folder: str | Path, **changes: Any) -> None:
