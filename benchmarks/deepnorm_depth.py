@@ -3,12 +3,14 @@
 Update: the root mean square change of the normalised hidden states after the first step of Adam, which has the size of
 the learning rate in every weight, for depths from 6 to 1000 layers. The analysis behind DeepNorm is of matrices: with
 the constants for Adam, a step in those alone moves the output as far at any depth. The shifts of the norms stand behind
-alpha, add up over the layers, and are what is seen when all weights move. Training: next-character prediction on the
-project's own generated sentences, at 1000 layers, with Adam and without warmup. A network that carries no signal from
-its input to its output can learn how often characters occur, and stalls at the entropy of that; the entropy of a
-character given the one before it is what two adjacent characters allow.
+alpha, add up over the layers, and are what is seen when all weights move.
 
-    python benchmarks/deepnorm_depth.py [--json FILE] [--plot FILE] [--layers 1000] [--steps 200]
+Training: next-character prediction on the project's own generated sentences, with Adam and without warmup, the norms
+held at weight 1 and shift 0, and once with norms that train. A network that carries nothing from its input to its
+output can learn how often characters occur, and stalls at the entropy of that; what one character says of the next
+allows the second figure.
+
+    python benchmarks/deepnorm_depth.py [--json FILE] [--plot FILE] [--layers 1000] [--steps 160]
 
 With `--json results/deepnorm_depth.json` the losses go to `results/deepnorm_depth_training.json`.
 """
@@ -26,7 +28,7 @@ from typing import Any
 
 import torch
 from common import report
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kexue.data.generators.event_sentences import event_sentences
@@ -38,10 +40,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "deepnorm (paper)": {"norm": "deepnorm"},
     "deepnorm (adam)": {"norm": "deepnorm", "deepnorm_constants": "adam"},
 }
-TRAINED = ("post", "deepnorm (paper)")
+TRAINED = {"post": True, "deepnorm (paper)": True, "deepnorm (paper), norms train": False}  # whether norms are held
 DEPTHS = (6, 12, 24, 48, 96, 192, 384, 1000)
 DIM, CHARACTERS, SENTENCES = 16, 64, 2000
-BATCH, LENGTH = 16, 16
+BATCH, LENGTH = 8, 16
 RATE, SMALL_RATE = 3e-3, 1e-4
 
 
@@ -97,7 +99,7 @@ def loss_of(module: Transformer, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def update_size(kind: str, layers: int, ids: Tensor, seed: int, weights: str = "all") -> float:
-    """Root mean square change of the output, whose own is 1, by one small step of Adam in all weights or in matrices."""
+    """Root mean square change of the output, whose own is 1, by a small step of Adam in all weights or in matrices."""
     module = make(kind, layers, seed)
     if weights == "matrices":
         matrices = {id(parameter) for parameter in module.layers.blocks.parameters() if parameter.dim() == 2}
@@ -112,10 +114,13 @@ def update_size(kind: str, layers: int, ids: Tensor, seed: int, weights: str = "
         return float((module(inputs) - before).square().mean().sqrt())
 
 
-def losses(kind: str, layers: int, ids: Tensor, steps: int, rate: float = RATE, seed: int = 0) -> list[float]:
+def losses(kind: str, layers: int, ids: Tensor, steps: int, hold_norms: bool = True, seed: int = 0) -> list[float]:
     """The loss of every step."""
     module, generator = make(kind, layers, seed), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(module.parameters(), lr=rate, fused=True)
+    for part in module.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.requires_grad_(not hold_norms)
+    optimizer = torch.optim.Adam((p for p in module.parameters() if p.requires_grad), lr=RATE, fused=True)
     found = []
     for _ in range(steps):
         loss = loss_of(module, *batch_of(ids, generator))
@@ -137,22 +142,26 @@ def draw(
 
     figure, (*panels, right) = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
     colours = dict(zip(KINDS, ("tab:red", "tab:orange", "tab:blue", "tab:green"), strict=True))
-    for panel, weights in zip(panels, ("all", "matrices"), strict=True):
+    for panel, weights, words in zip(panels, ("all", "matrices"), ("in all weights", "in matrices"), strict=True):
         rows = [row for row in updates if row["weights"] == weights]
         for kind, colour in colours.items():
             panel.loglog([row["layers"] for row in rows], [row[kind] for row in rows], "o-", color=colour, label=kind)
-        title = f"First step of Adam, rate {SMALL_RATE:g}: {weights}"
-        panel.set(xlabel="layers", ylabel="RMS change of the output", title=title, ylim=(3e-4, 3))
+        title = f"First step of Adam, rate {SMALL_RATE:g}, {words}"
+        panel.set(xlabel="layers", ylabel="RMS change of the output", title=title, ylim=(3e-4, 20))
         panel.legend(loc="upper left")
         panel.grid(alpha=0.3)
-    for kind, curve in curves.items():
-        right.plot(curve, color=colours[kind], alpha=0.25, linewidth=1)
-        right.plot(range(9, len(curve)), _running(curve, 10), color=colours[kind], label=kind)
-    for height, label in zip(entropies(ids), ("entropy of a character", "given the one before"), strict=True):
+    for name, curve in curves.items():
+        colour, style = (colours[name], "-") if name in colours else ("tab:purple", "--")
+        right.plot(curve, color=colour, alpha=0.25, linewidth=1)
+        right.plot(range(9, len(curve)), _running(curve, 10), style, color=colour, label=name)
+    for height, words in zip(entropies(ids), ("", ", given the one before"), strict=True):
         right.axhline(height, color="grey", linestyle="--", linewidth=1)
-        right.annotate(label, (len(next(iter(curves.values()))), height), ha="right", va="bottom", color="grey")
-    right.set(xlabel="step", ylabel="loss (nats a character)", title=f"{layers} layers, Adam {RATE:g}, no warmup")
-    right.legend()
+        right.annotate(
+            f"entropy of a character{words}", (0, height), (0, -3), textcoords="offset points", va="top", color="grey"
+        )
+    title = f"{layers} layers, Adam {RATE:g}, no warmup, norms held"
+    right.set(xlabel="step", ylabel="loss (nats a character)", title=title, ylim=(1.75, None))
+    right.legend(loc="upper right")
     right.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
@@ -166,7 +175,7 @@ def main() -> None:
     parser.add_argument("--json")
     parser.add_argument("--plot")
     parser.add_argument("--layers", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=160)
     arguments = parser.parse_args()
     ids = stream()
 
@@ -178,12 +187,15 @@ def main() -> None:
             updates.append({"weights": weights, "layers": depth, **sizes})
     report(f"DeepNorm: change of the output by the first step of Adam, rate {SMALL_RATE:g}", updates, arguments.json)
 
-    curves = {kind: losses(kind, arguments.layers, ids, arguments.steps) for kind in TRAINED}
+    curves = {}
+    for name, hold_norms in TRAINED.items():
+        kind = name.removesuffix(", norms train")
+        curves[name] = losses(kind, arguments.layers, ids, arguments.steps, hold_norms)
     single, pair = entropies(ids)
     rows = [
         {
             "steps": f"{end - 20} to {end}",
-            **{kind: statistics.fmean(curve[end - 20 : end]) for kind, curve in curves.items()},
+            **{name: statistics.fmean(curve[end - 20 : end]) for name, curve in curves.items()},
             "entropy": single,
             "given one": pair,
         }

@@ -246,7 +246,7 @@ class Attention(nn.Module):
             scores = self.mix_scores(scores)
         if visible.allowed is not None:  # after the mix, which would multiply it by signed weights
             scores = scores.masked_fill(~visible.allowed, torch.finfo(scores.dtype).min)
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+        weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
         if self.mix_weights is not None:
             weights = self.mix_weights(weights)
         weights = F.dropout(weights, self.config.attention_dropout or 0.0, self.training)

@@ -74,12 +74,7 @@ class Cache:
         if torch.is_grad_enabled():
             raise InputError("a cache is for generation: call the module within torch.no_grad() or inference_mode()")
         past, self.length = self.length, self.length + tokens
-        if mask is None and self.mask is None:
-            return None
-        device = (self.mask if mask is None else mask).device  # type: ignore[union-attr]
-        before = self.mask if self.mask is not None else torch.ones(batch, past, dtype=torch.bool, device=device)
-        new = mask.bool() if mask is not None else torch.ones(batch, tokens, dtype=torch.bool, device=device)
-        self.mask = torch.cat((before, new), dim=1)
+        self.mask = _joined(self.mask, mask, batch, past, tokens)
         return self.mask
 
     def reorder(self, rows: Tensor) -> None:
@@ -101,23 +96,47 @@ class Memory:
     """
 
     def __init__(self, length: int, same_length: bool = False) -> None:
-        if length < 0:
-            raise InputError(f"Memory(length={length}): use 0 or more")
+        if length < same_length:
+            raise InputError(f"Memory(length={length}, same_length={same_length}): use {int(same_length)} or more")
         self.length = length
         self.same_length = same_length
         self.states: list[Tensor] = []
+        self.mask: Tensor | None = None
 
     @property
     def size(self) -> int:
         """How many tokens are remembered now."""
         return self.states[0].shape[1] if self.states else 0
 
-    def update(self, inputs: list[Tensor]) -> None:
-        """Append the inputs of the layers, `(B, T, D)` each, and forget what is beyond `length`."""
+    def update(self, inputs: list[Tensor], mask: Tensor | None = None) -> None:
+        """Append the inputs of the layers, `(B, T, D)` each, and forget what is beyond `length`.
+
+        Args:
+            inputs: of each layer.
+            mask: what `extend` returned before the pass.
+        """
         before = self.states or [hidden[:, :0] for hidden in inputs]
-        joined = (torch.cat((old, new.detach()), dim=1) for old, new in zip(before, inputs, strict=True))
-        self.states = [both[:, max(both.shape[1] - self.length, 0) :].contiguous() for both in joined]
+        joined = (torch.cat((old, new), dim=1).detach() for old, new in zip(before, inputs, strict=True))
+        self.states = [self._last(both) for both in joined]
+        self.mask = None if mask is None else self._last(mask)
+
+    def _last(self, tokens: Tensor) -> Tensor:
+        return tokens[:, max(tokens.shape[1] - self.length, 0) :].contiguous()
+
+    def extend(self, batch: int, tokens: int, mask: Tensor | None) -> Tensor | None:
+        """The mask `(B, M + T)` of what is remembered and of new tokens, given that of these; None when all are real."""
+        return _joined(self.mask, mask, batch, self.size, tokens)
 
     def reorder(self, rows: Tensor) -> None:
         """Keep these rows of the batch, in this order."""
         self.states = [state[rows] for state in self.states]
+        self.mask = None if self.mask is None else self.mask[rows]
+
+
+def _joined(before: Tensor | None, new: Tensor | None, batch: int, past: int, tokens: int) -> Tensor | None:
+    """The mask of earlier and new tokens, `(B, past + tokens)`; one that is None has only real ones."""
+    known = new if before is None else before
+    if known is None:
+        return None
+    parts = (before, past), (new, tokens)
+    return torch.cat([known.new_ones(batch, n) if part is None else part for part, n in parts], dim=1).bool()

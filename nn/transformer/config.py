@@ -297,6 +297,7 @@ class TransformerConfig:
                 "synthesizer_factors max_length",
                 f"give two factors of max_length, such as {_squarest(self.max_length)}",
             ),
+            (self.scale_base < 2, "scale_base", "use 2 or more"),
             (
                 self.kernel_degree % 2 == 1,
                 "kernel_degree",

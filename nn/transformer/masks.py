@@ -3,8 +3,9 @@
 Every kind of mask of the project is made here, once per pass, and read by all layers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,19 @@ from .config import Mask
 from .packing import cumulative_lengths
 
 
-@dataclass(frozen=True)
+def once(method: Callable[[Any], Any]) -> Any:
+    """A property that is computed when first read (`functools.cached_property` takes a lock, which stops compilers)."""
+    name = f"_{method.__name__}"
+
+    def read(self: Any) -> Any:
+        if not hasattr(self, name):
+            setattr(self, name, method(self))
+        return getattr(self, name)
+
+    return property(read, doc=method.__doc__)
+
+
+@dataclass(eq=False)
 class Visibility:
     """Which keys each query sees.
 
@@ -37,13 +50,13 @@ class Visibility:
     sequences: Tensor | None = None
     nearest: int = 0
 
-    @cached_property
+    @once
     def is_triangle(self) -> bool:
         """Whether the triangle below the diagonal says it all: fused kernels need no mask then."""
         others = (self.keys, self.segments, self.sequences)
         return self.causal and self.num_queries == self.num_keys and not self.nearest and all(o is None for o in others)
 
-    @cached_property
+    @once
     def allowed(self) -> Tensor | None:
         """True where a query may see a key, broadcast to `(B, 1, T, S)`; None when all see all.
 
@@ -71,13 +84,13 @@ class Visibility:
                 allowed = allowed | ~allowed.any(-1, keepdim=True)
         return None if allowed is None else allowed[:, None]
 
-    @cached_property
+    @once
     def runs(self) -> tuple[Tensor, int]:
         """Borders of the packed sequences among all places, row by row, and the longest; a row's padding is one too."""
         assert self.sequences is not None
         return cumulative_lengths(self.sequences + 1)
 
-    @cached_property
+    @once
     def counts(self) -> Tensor:
         """How many keys each query sees, in float32, broadcast to `(B, 1, T, 1)`."""
         if self.is_triangle:

@@ -27,20 +27,23 @@ def encode(module: Transformer, batch: Mapping[str, Any]) -> Tensor:
 
     Args:
         module: the Transformer.
-        batch: `ids` and `mask` `(S, T)`, and for packed rows `starts` `(S, 2)`, as `data.packing` makes them.
+        batch: `ids` and `mask` `(S, T)`, `segments` where there are any, and for packed rows `starts` `(S, 2)`, as
+            `data.packing` makes them.
     """
-    ids, mask, starts = batch["ids"], batch["mask"], batch.get("starts")
+    ids, mask, segments, starts = batch["ids"], batch["mask"], batch.get("segments"), batch.get("starts")
     if starts is not None and module.config.why_not_packed:
         _say_once(f"rows are not packed: {module.config.why_not_packed}")
     if starts is None or module.config.why_not_packed:
-        return module(ids, mask)
+        return module(ids, mask, segments)
     lengths = mask.sum(-1)
     shape = int(starts[:, 0].max()) + 1, int((starts[:, 1] + lengths).max())
     tokens = mask.cumsum(-1)  # 1, 2, ... within a sequence
     places = pack(tokens, starts, lengths, shape)
     positions = (places - 1).clamp(min=0)
     sequences = (places == 1).cumsum(-1) * (places > 0)
-    hidden = module(pack(ids, starts, lengths, shape), sequences=sequences, positions=positions)
+    if segments is not None:
+        segments = pack(segments, starts, lengths, shape)
+    hidden = module(pack(ids, starts, lengths, shape), None, segments, sequences=sequences, positions=positions)
     return unpack(hidden, starts, lengths)
 
 

@@ -4,7 +4,6 @@ Source: https://kexue.fm/archives/4765; ALBERT (arXiv 1909.11942) for groups; ht
 that stop sharing.  Checked against: the models of transformers, torch.nn.TransformerEncoderLayer.
 """
 
-import copy
 from dataclasses import replace
 
 import torch
@@ -111,7 +110,7 @@ class Layers(nn.Module):
                 )
             )
         if memory is not None:
-            memory.update(states[:-1])
+            memory.update(states[:-1], visible.keys)
         if self.norm is not None:
             states[-1] = self.norm(states[-1])
         return states
@@ -202,9 +201,8 @@ class Transformer(nn.Module):
         if memory is not None:
             if config.positions != "relative":
                 raise InputError(f"TransformerConfig(positions={config.positions!r}): a memory needs 'relative'")
+            mask = memory.extend(batch, length, mask)
             past = memory.size
-            if mask is not None and past:
-                mask = torch.cat((mask.new_ones(batch, past), mask), dim=1)
         visible = visibility(
             kind,
             length,
@@ -334,5 +332,6 @@ def unshared(module: Transformer) -> Transformer:
     state = {name: value for name, value in module.state_dict().items() if not name.startswith("layers.blocks.")}
     for name, index in zip(names, module.layers.order, strict=True):
         state |= {name + key: value for key, value in module.layers.blocks[index].state_dict().items()}
-    copied.load_state_dict(copy.deepcopy(state))
+    weight = module.embedding.tokens.weight
+    copied.to(weight.device, weight.dtype).load_state_dict(state)  # which copies the values
     return copied.train(module.training)
