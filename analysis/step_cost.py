@@ -4,7 +4,6 @@ Works on real tensors and on fake ones (`torch._subclasses.FakeTensorMode`), whi
 """
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,48 +18,10 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-from torch.utils.flop_counter import FlopCounterMode
+
+from ..nn.flops import KEPT_PRODUCTS, flop_counter
 
 Recompute = Literal["off", "selective", "full"]
-aten = torch.ops.aten
-
-KEPT_PRODUCTS = [
-    aten.mm.default,
-    aten.addmm.default,
-    aten.bmm.default,
-    aten.baddbmm.default,
-    aten.convolution.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_cudnn_attention.default,
-]
-
-
-def attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-    """FLOPs of softmax attention, the whole square: scores and weighted sum."""
-    *tables, queries, size = query
-    return 2 * math.prod(tables) * queries * key[-2] * (size + value[-1])
-
-
-def attention_backward_flops(
-    _: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *__: Any, **___: Any
-) -> int:
-    """FLOPs of its backward pass: the scores again, and gradients of weights, queries, keys and values."""
-    *tables, queries, size = query
-    return 2 * math.prod(tables) * queries * key[-2] * (3 * size + 2 * value[-1])
-
-
-# torch's counter knows the attention kernels of GPUs only.
-CPU_ATTENTION = {
-    aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
-}
-
-
-def flop_counter() -> FlopCounterMode:
-    """torch's counter of FLOPs, which also knows the attention kernel of CPUs."""
-    return FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,16 @@ SCRIPTS = {
     "transformer_training": ["transformer", "--part", "training"],
     "transformer_generation": ["transformer", "--part", "generation"],
     "packing": ["packing"],
+    "multi_sample_dropout_cost": ["multi_sample_dropout", "--part", "cost"],
+    "lookahead_syncs": ["lookahead", "--part", "syncs"],
+    "lookahead_steps": ["lookahead", "--part", "steps"],
 }
 LONG = {
     "gplinker_duee": ["gplinker_duee"],
+    "multi_sample_dropout": ["multi_sample_dropout", "--part", "pictures"],
     "deepnorm_depth": ["deepnorm_depth", "--plot", "docs/deepnorm_update.png"],
 }
-NEED_DATA = ("packing", "gplinker_duee")
+NEED_DATA = ("packing", "gplinker_duee", "multi_sample_dropout")
 REMARKS = {
     "gplinker_duee": "Trained from scratch on 892 rows, 70 epochs, seed 42, two threads on two free cores.",
 }

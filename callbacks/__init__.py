@@ -2,6 +2,8 @@
 
 from .checkpoints import Checkpoints
 from .confusion_matrix import ConfusionMatrixPlot
+from .exact_schedule import ExactSchedule, exact_schedule
+from .gradient_normaliser import GradientNormaliser
 from .loggers import CSVMetrics, wandb_logger
 from .memory import MemoryPeak
 from .progress import ProgressBar
@@ -11,8 +13,11 @@ __all__ = [
     "CSVMetrics",
     "Checkpoints",
     "ConfusionMatrixPlot",
+    "ExactSchedule",
+    "GradientNormaliser",
     "MemoryPeak",
     "ProgressBar",
     "Throughput",
+    "exact_schedule",
     "wandb_logger",
 ]

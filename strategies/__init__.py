@@ -8,30 +8,64 @@ imported.
 
 from pytorch_lightning.strategies import StrategyRegistry
 
-from .activation_checkpointing import ActivationCheckpointing, checkpoint_blocks, find_blocks, restore_blocks
+from .activation_checkpointing import (
+    ActivationCheckpointing,
+    checkpoint_blocks,
+    find_blocks,
+    follow_plan,
+    measured_costs,
+    restore_blocks,
+)
+from .adversarial import FGM, fgm_perturbation, find_embeddings, perturbed, recorded
 from .bases import DDP, SingleDevice, auto
 from .checkpoints import describe, is_complete, load_weights, newest
+from .ema import EMA, ema_decay, ema_update
 from .lookahead import Lookahead, LookaheadOptimizer, lookahead_sync
+from .loss_weighting import LossWeighting
+from .multi_sample_dropout import MultiSampleDropout, multi_sample_dropout, multi_sample_loss
+from .r_drop import RDrop, symmetric_kl
+from .recompute_budget import cheapest
+from .recompute_policies import Full, Offload, Selective
 from .technique import Technique
 from .zero import Zero
 
 __all__ = [
     "DDP",
+    "EMA",
+    "FGM",
     "ActivationCheckpointing",
+    "Full",
     "Lookahead",
     "LookaheadOptimizer",
+    "LossWeighting",
+    "MultiSampleDropout",
+    "Offload",
+    "RDrop",
+    "Selective",
     "SingleDevice",
     "Technique",
     "Zero",
     "auto",
+    "cheapest",
     "checkpoint_blocks",
     "describe",
+    "ema_decay",
+    "ema_update",
+    "fgm_perturbation",
     "find_blocks",
+    "find_embeddings",
+    "follow_plan",
     "is_complete",
     "load_weights",
     "lookahead_sync",
+    "measured_costs",
+    "multi_sample_dropout",
+    "multi_sample_loss",
     "newest",
+    "perturbed",
+    "recorded",
     "restore_blocks",
+    "symmetric_kl",
 ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
-from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.trainer.states import TrainerFn, TrainerStatus
 
 from ..errors import InputError
 from .checkpoints import KEY, AtomicCheckpointIO, check_parameters, shapes_of
@@ -37,6 +37,7 @@ class TechniqueMixin(Strategy):
         self._positions: list[Position] = []
         self._pending: list[dict[str, Any]] = []
         self._attached: pl.LightningModule | None = None
+        self._exchanged = False
 
     # Techniques
 
@@ -51,6 +52,7 @@ class TechniqueMixin(Strategy):
         if trainer.state.fn != TrainerFn.FITTING or module is None or self._attached is not None:
             return
         self._attached = module
+        self._exchanged = False
         for technique in self.techniques:
             technique.attach(module)
 
@@ -77,7 +79,7 @@ class TechniqueMixin(Strategy):
         if not combining or module is None:
             yield
             return
-        step = module.training_step
+        step, own = module.training_step, vars(module).get("training_step")
 
         @wraps(step)
         def combined(*args: Any, **kwargs: Any) -> Any:
@@ -91,14 +93,85 @@ class TechniqueMixin(Strategy):
             yield
         finally:
             del module.__dict__["training_step"]
+            if own is not None:  # set by a technique that runs the step twice
+                module.training_step = own
 
     def teardown(self) -> None:
-        """Detach the techniques in the reverse order."""
+        """Leave the module with the weights to evaluate, and detach the techniques in the reverse order."""
         module, self._attached = self._attached, None
         if module is not None:
+            # Not after an error, which the other processes may not share: carrying weights over asks for all of them.
+            if module.trainer.state.status == TrainerStatus.RUNNING:
+                self._exchange(True)
             for technique in reversed(self.techniques):
                 technique.detach(module)
         super().teardown()
+
+    # Weights to evaluate, where a technique has some
+
+    @property
+    def _evaluating(self) -> Technique | None:
+        return next((technique for technique in self.techniques if technique.evaluates), None)
+
+    def _exchange(self, evaluate: bool) -> None:
+        """Let the module hold the weights to evaluate, or those that train."""
+        if evaluate != self._exchanged and self._evaluating is not None:
+            self._exchanged = evaluate
+            self._exchange_now(self._evaluating)
+
+    def _exchange_now(self, technique: Technique) -> None:
+        assert self.lightning_module is not None
+        technique.exchange(self.lightning_module)
+        self.carry_weights_over()
+
+    def carry_weights_over(self) -> None:
+        """Bring the optimiser's weights into the module; nothing to do where they are the module's own parameters."""
+
+    @contextmanager
+    def weights_to_save(self) -> Iterator[None]:
+        """Let the module hold the weights to evaluate for as long as a checkpoint is written."""
+        before = self._exchanged
+        self._exchange(True)
+        try:
+            yield
+        finally:
+            self._exchange(before)
+
+    def on_validation_start(self) -> None:
+        """Validate the weights to evaluate."""
+        super().on_validation_start()
+        if self._attached is not None:
+            self._exchange(True)
+
+    def on_validation_end(self) -> None:
+        """Go on with the weights that train."""
+        super().on_validation_end()
+        if self._attached is not None:
+            self._exchange(False)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load the optimisers, and with them the second set of weights."""
+        super().load_optimizer_state_dict(checkpoint)
+        if KEY in checkpoint:
+            self.restore_exchange(checkpoint[KEY]["description"])
+
+    def restore_exchange(self, description: dict[str, Any]) -> None:
+        """Put the weights that train back into the module, after reading a checkpoint that was saved exchanged.
+
+        Also say which techniques came or went, since what they kept in the optimiser starts anew or is left unused.
+        """
+        saved, own = description.get("evaluates"), [type(technique).__name__ for technique in self.techniques]
+        for technique in self.techniques:
+            if type(technique).__name__ == saved:
+                self._exchange_now(technique)
+        before = [text.partition("(")[0] for text in description["techniques"]]
+        if sorted(before) == sorted(own):
+            return
+        rank_zero_warn(
+            f"The checkpoint was saved with techniques {', '.join(before) or 'none'}, now {', '.join(own) or 'none'}: "
+            "what came starts anew, what went leaves its state unused in the optimiser"
+            + (f", and training goes on from the weights that {saved} evaluated." if saved not in (None, *own) else ".")
+        )
 
     # Checkpoints and position
 
@@ -150,6 +223,7 @@ class TechniqueMixin(Strategy):
             "epoch": trainer.current_epoch,
             "module": f"{type(module).__module__}.{type(module).__qualname__}",
             "techniques": [repr(technique) for technique in self.techniques],
+            "evaluates": None if self._evaluating is None else type(self._evaluating).__name__,
             "parameters": self.parameter_shapes(),
         }
 
@@ -195,11 +269,12 @@ class TechniqueMixin(Strategy):
         """
         checkpoint = self.annotate(checkpoint)
         failure: str | None = None
-        if self.is_global_zero:
-            try:
-                self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
-            except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-                failure = str(error)
+        with self.weights_to_save():
+            if self.is_global_zero:
+                try:
+                    self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+                except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+                    failure = str(error)
         failure = self.broadcast(failure)
         if failure is not None:
             raise OSError(f"{filepath} could not be written ({failure}); the checkpoints written before are untouched.")

@@ -1,30 +1,45 @@
 """Lookahead: k steps forward, 1 step back.
 
 Source: Zhang et al., "Lookahead Optimizer: k steps forward, 1 step back" (arXiv 1907.08610).  Checked against: the
-paper's loop written plainly, in float64 (tests/strategies/test_lookahead.py).
+paper's loop written plainly, in float64, and the rules of pytorch_optimizer 4.1 and timm 1.0
+(tests/strategies/test_lookahead.py, test_lookahead_peers.py).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .swap import exchange_state, pieces
 from .technique import Technique
+
+Pullback = Literal["none", "reset", "pullback"]
 
 SLOW = "lookahead_slow"
 STEP = "lookahead_step"
+MOMENTA = ("momentum_buffer", "exp_avg")
+"""Buffers that carry a direction: `pullback="reset"` clears them.
+
+Second moments stay: beside a step count that goes on, a cleared one would make Adam's next step up to
+1/sqrt(1 - beta2) = 32 times as long.
+"""
+BUFFERS = (*MOMENTA, "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "acc_delta")
+"""Buffers that `pullback="pullback"` pulls back."""
 
 
 @torch.no_grad()
 def lookahead_sync(fast: Sequence[Tensor], slow: Sequence[Tensor], alpha: float) -> None:
     """Move the slow weights towards the fast ones and put the fast ones there, in place.
 
-    `slow += alpha * (fast - slow)`, then `fast = slow`: two calls per device and dtype, however many tensors there are.
+    `slow += alpha * (fast - slow)`, then `fast = slow`. On a GPU two calls per dtype, however many tensors there are;
+    on a CPU piece by piece, so that the second operation finds in the cache what the first has written.
 
     Args:
         fast: The weights that the inner optimiser moves.
@@ -33,9 +48,13 @@ def lookahead_sync(fast: Sequence[Tensor], slow: Sequence[Tensor], alpha: float)
     """
     buckets: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
     for f, s in zip(fast, slow, strict=True):
-        bucket = buckets[f.device, f.dtype]
-        bucket[0].append(f)
-        bucket[1].append(s)
+        if f.device.type == "cpu":
+            for f_piece, s_piece in pieces(f, s):
+                f_piece.copy_(s_piece.lerp_(f_piece, alpha))
+        else:
+            bucket = buckets[f.device, f.dtype]
+            bucket[0].append(f)
+            bucket[1].append(s)
     for fasts, slows in buckets.values():
         torch._foreach_lerp_(slows, fasts, alpha)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_copy_(fasts, slows)  # pyright: ignore[reportPrivateImportUsage]
@@ -53,13 +72,20 @@ class LookaheadOptimizer(Optimizer):
         inner: The optimiser that takes the steps.
         k: Inner steps between two synchronisations.
         alpha: Share of the way that the slow weights move, 0 to 1; 1 is the inner optimiser.
+        pullback: What a synchronisation does to the inner optimiser's buffers: "none" keeps them, "reset" sets the
+            momenta to zero, "pullback" gives every buffer a slow copy that it is moved with, as the weights are.
+
+    Raises:
+        ValueError: If k, alpha or pullback is out of range; at the first synchronisation, if the inner optimiser has
+            no buffers for `pullback`.
     """
 
-    def __init__(self, inner: Optimizer, k: int = 5, alpha: float = 0.5) -> None:
-        _check(k, alpha)
+    def __init__(self, inner: Optimizer, k: int = 5, alpha: float = 0.5, pullback: Pullback = "none") -> None:
+        _check(k, alpha, pullback)
         self.inner = inner
         self.k = k
         self.alpha = alpha
+        self.pullback: Pullback = pullback
         # Optimizer.__init__ would make groups of its own; this sets up the hook tables and nothing else.
         super().__setstate__({})
 
@@ -90,24 +116,83 @@ class LookaheadOptimizer(Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Take an inner step, and synchronise the parameters that have now taken k of them."""
-        state = self.inner.state
-        parameters = [p for group in self.inner.param_groups for p in group["params"]]
         # Kept aside until after the step: optimisers initialise a parameter's state only while it is empty.
-        fresh = {p: p.detach().clone() for p in parameters if p.requires_grad and SLOW not in state.get(p, ())}
-        result = self.inner.step(closure)
-        fast, slow = [], []
-        for p in parameters:
-            if p.grad is None:  # judged after the step, since the closure runs the backward pass inside it
-                continue
-            entry = state[p]
-            if p in fresh:
-                entry[SLOW], entry[STEP] = fresh[p], 0
-            entry[STEP] += 1
-            if entry[STEP] % self.k == 0:
-                fast.append(p)
-                slow.append(entry[SLOW])
-        lookahead_sync(fast, slow, self.alpha)
+        fresh: dict[Tensor, dict[str, Any]] = {}
+        self._copy_fresh(fresh)
+        if closure is None:
+            result = self.inner.step()
+        else:
+
+            def with_copies() -> Any:
+                result = closure()  # the backward pass: only now is it known which parameters take part
+                self._copy_fresh(fresh)
+                return result
+
+            result = self.inner.step(with_copies)
+        state, k = self.inner.state, self.k
+        due = []
+        for group in self.inner.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                entry = state[p]
+                if fresh and p in fresh:
+                    entry.update(fresh[p])
+                entry[STEP] = step = entry[STEP] + 1
+                if step % k == 0:
+                    due.append(p)
+        if due:
+            self._synchronise(due)
         return result
+
+    def _copy_fresh(self, fresh: dict[Tensor, dict[str, Any]]) -> None:
+        """Copy, with their buffers, the parameters whose first step comes now."""
+        state = self.inner.state
+        for group in self.inner.param_groups:
+            for p in group["params"]:
+                if p.grad is None or SLOW in state.get(p, ()) or p in fresh:
+                    continue
+                fresh[p] = {SLOW: p.detach().clone(), STEP: 0}
+                if self.pullback == "pullback":
+                    fresh[p] |= {_slow(name): buffer.clone() for name, buffer in self._buffers(p, BUFFERS)}
+
+    def _buffers(self, p: Tensor, names: Iterable[str]) -> list[tuple[str, Tensor]]:
+        entry = self.inner.state.get(p, {})
+        # SGD without momentum keeps None there; RMSprop and Adam leave a buffer out that they do not need.
+        return [(name, entry[name]) for name in names if isinstance(entry.get(name), Tensor)]
+
+    def _synchronise(self, due: list[Tensor]) -> None:
+        state = self.inner.state
+        fast, slow = list(due), [state[p][SLOW] for p in due]
+        if self.pullback != "none":
+            buffers = [
+                (state[p], name, buffer)
+                for p in due
+                for name, buffer in self._buffers(p, MOMENTA if self.pullback == "reset" else BUFFERS)
+            ]
+            if not buffers:
+                raise ValueError(
+                    f"Lookahead(pullback={self.pullback!r}): {type(self.inner).__name__} keeps no buffers for it; "
+                    "use pullback='none', or give the optimiser momentum."
+                )
+            for entry, name, buffer in buffers:
+                if self.pullback == "reset":
+                    buffer.zero_()
+                else:
+                    if _slow(name) not in entry:  # a buffer that its first step has made was zero before
+                        entry[_slow(name)] = torch.zeros_like(buffer)
+                    fast.append(buffer)
+                    slow.append(entry[_slow(name)])
+        lookahead_sync(fast, slow, self.alpha)
+
+    @contextmanager
+    def slow_weights(self) -> Iterator[None]:
+        """Put the slow weights into the parameters for as long as the context is open, without a third copy."""
+        exchange_state(self, SLOW)
+        try:
+            yield
+        finally:
+            exchange_state(self, SLOW)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients."""
@@ -126,10 +211,10 @@ class LookaheadOptimizer(Optimizer):
         self.inner.load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"inner": self.inner, "k": self.k, "alpha": self.alpha}
+        return {"inner": self.inner, "k": self.k, "alpha": self.alpha, "pullback": self.pullback}
 
     def __repr__(self) -> str:
-        return f"LookaheadOptimizer(k={self.k}, alpha={self.alpha}, inner={self.inner!r})"
+        return f"LookaheadOptimizer(k={self.k}, alpha={self.alpha}, pullback={self.pullback!r}, inner={self.inner!r})"
 
 
 class Lookahead(Technique):
@@ -138,22 +223,55 @@ class Lookahead(Technique):
     Args:
         k: Inner steps between two synchronisations, 1 or more.
         alpha: Share of the way that the slow weights move, 0 to 1.
+        pullback: The inner optimiser's buffers at a synchronisation, see `LookaheadOptimizer`.
+        evaluate: The weights that validation sees, checkpoints hold as `state_dict` and the fit leaves behind.
+            Training is the same to the last bit with either.
 
     Raises:
-        ValueError: If k or alpha is out of range.
+        ValueError: If an argument is out of range.
     """
 
-    def __init__(self, k: int = 5, alpha: float = 0.5) -> None:
-        _check(k, alpha)
+    def __init__(
+        self,
+        k: int = 5,
+        alpha: float = 0.5,
+        pullback: Pullback = "none",
+        evaluate: Literal["fast", "slow"] = "slow",
+    ) -> None:
+        _check(k, alpha, pullback)
+        if evaluate not in ("fast", "slow"):
+            raise ValueError(f"Lookahead(evaluate={evaluate!r}): use 'fast' or 'slow'.")
         self.k = k
         self.alpha = alpha
+        self.pullback: Pullback = pullback
+        self.evaluate: Literal["fast", "slow"] = evaluate
+        self._optimizers: list[Optimizer] = []
+
+    def attach(self, module: pl.LightningModule) -> None:
+        self._optimizers = []
 
     def wrap_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        return LookaheadOptimizer(optimizer, k=self.k, alpha=self.alpha)
+        optimizer = LookaheadOptimizer(optimizer, self.k, self.alpha, self.pullback)
+        self._optimizers.append(optimizer)
+        return optimizer
+
+    @property
+    def evaluates(self) -> str | None:
+        return "slow weights" if self.evaluate == "slow" else None
+
+    def exchange(self, module: pl.LightningModule) -> None:
+        for optimizer in self._optimizers:
+            exchange_state(optimizer, SLOW)
 
 
-def _check(k: int, alpha: float) -> None:
+def _slow(name: str) -> str:
+    return f"{SLOW}_{name}"
+
+
+def _check(k: int, alpha: float, pullback: str) -> None:
     if k < 1:
         raise ValueError(f"Lookahead(k={k}): use 1 or more.")
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"Lookahead(alpha={alpha}): use a number from 0 to 1.")
+    if pullback not in ("none", "reset", "pullback"):
+        raise ValueError(f"Lookahead(pullback={pullback!r}): use 'none', 'reset' or 'pullback'.")

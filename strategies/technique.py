@@ -1,4 +1,4 @@
-"""The contract between a strategy and what attaches to it: three touch points, none of them in the model."""
+"""The contract between a strategy and what attaches to it: four touch points, none of them in the model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 from torch.optim import Optimizer
+
+from ..errors import InputError
 
 
 class Technique:
@@ -17,7 +19,11 @@ class Technique:
     1. `attach` once the module's networks exist (`configure_model` has run) and before anything wraps the module;
     2. `wrap_optimizer` when an optimiser has been made and before DeepSpeed or a grad scaler sees it;
     3. `combine` on what `training_step` returned, inside the wrapped forward, so that parameters that take part in the
-       loss belong to the same backward pass as the rest.
+       loss belong to the same backward pass as the rest;
+    4. `exchange`, for the one technique whose `evaluates` names weights of its own (slow ones, an average): before and
+       after each validation inside a fit and each checkpoint, after a checkpoint has been read to go on from it, and
+       once at the end of the fit. A checkpoint's `state_dict`, a validation, and the module that `fit` leaves
+       behind therefore hold the weights named, while training goes on from its own to the last bit.
 
     `detach` undoes `attach` when the run ends. A technique changes no `state_dict` key of the module, and keeps its
     state where checkpoints find it: in the optimiser's `state`, or in parameters and buffers of the module.
@@ -37,6 +43,19 @@ class Technique:
         """Return what stands for the result of `training_step`."""
         return outputs
 
+    @property
+    def evaluates(self) -> str | None:
+        """Name of the weights that are evaluated and saved instead of those that train; None: the latter are."""
+        return None
+
+    def exchange(self, module: pl.LightningModule) -> None:
+        """Exchange the contents of the weights that train and of those to evaluate, in place; twice changes nothing.
+
+        The second set lies in the state of the wrapped optimiser, where ZeRO divides it and checkpoints hold it, and
+        `swap.exchange_state(optimizer, key)` is all there is to do: the strategy carries what it did to the optimiser's
+        parameters over to the module. Without a second set yet (before the first step), do nothing.
+        """
+
     def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if not name.startswith("_"))
         return f"{type(self).__name__}({arguments})"
@@ -47,6 +66,7 @@ def check_techniques(owner: str, techniques: Iterable[Technique]) -> tuple[Techn
 
     Raises:
         TypeError: If one of them is not a `Technique` instance, or one kind is given twice.
+        InputError: If two of them name weights to evaluate.
     """
     techniques = tuple(techniques)
     for technique in techniques:
@@ -58,4 +78,10 @@ def check_techniques(owner: str, techniques: Iterable[Technique]) -> tuple[Techn
         if kinds.count(kind) > 1:
             times = kinds.count(kind)
             raise TypeError(f"{owner}(techniques=[...]): {kind.__name__} is given {times} times, give it once.")
+    own = [type(technique).__name__ for technique in techniques if technique.evaluates]
+    if len(own) > 1:
+        raise InputError(
+            f"{owner}(techniques=[...]): {' and '.join(own)} each bring weights to evaluate, choose one: "
+            "Lookahead(evaluate='fast') leaves it to the other."
+        )
     return techniques

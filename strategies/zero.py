@@ -258,6 +258,20 @@ class Zero(TechniqueMixin, DeepSpeedStrategy):
             dist_init_required=False,
         )
 
+    def carry_weights_over(self) -> None:
+        """Copy the float32 partitions into the module, as DeepSpeed does at the end of a step."""
+        optimizer: Any = self.deepspeed_engine.optimizer
+        if self.stage < 3:
+            optimizer.update_lp_params()
+            return
+        # Stage 3 has no function for it. Gathered parameters hold old values: let go of them, then fetch those anew
+        # that are never let go of.
+        optimizer._partition_all_parameters()
+        for sub_group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
     # Checkpoints
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
@@ -277,12 +291,13 @@ class Zero(TechniqueMixin, DeepSpeedStrategy):
         if self.is_global_zero:
             remove(partial)
         self.barrier()
-        engine.save_checkpoint(
-            str(partial),
-            client_state=client_state,
-            tag=PART,
-            exclude_frozen_parameters=self.exclude_frozen_parameters,
-        )
+        with self.weights_to_save():
+            engine.save_checkpoint(
+                str(partial),
+                client_state=client_state,
+                tag=PART,
+                exclude_frozen_parameters=self.exclude_frozen_parameters,
+            )
         failures: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(failures, engine.checkpoint_engine.failure)
         if self.is_global_zero and not any(failures):
@@ -352,6 +367,7 @@ class Zero(TechniqueMixin, DeepSpeedStrategy):
             )
         assert client_state is not None
         self.restore_position(path, description, client_state[KEY]["position"])
+        self.restore_exchange(description)
         return client_state
 
     def load_weights(self, path: Path) -> None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import InputError
+from ...nn.losses import ClassificationLoss
 from ...nn.optim import OptimizerFactory
 from ...nn.residual import ResidualNetwork
 
@@ -43,10 +44,12 @@ def split_scores(scores: Tensor) -> dict[str, Tensor]:
     return {"digit": digit, "parity": parity, "pixel_sum": MAX_PIXEL_SUM * brightness.squeeze(-1)}
 
 
-def digits_losses(predicted: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def digits_losses(
+    predicted: Mapping[str, Tensor], batch: Mapping[str, Tensor], digit_loss: ClassificationLoss = F.cross_entropy
+) -> dict[str, Tensor]:
     """Return the loss of each task, in float32: two cross-entropies, and a mean squared error in pixel units."""
     return {
-        "digit": F.cross_entropy(predicted["digit"], batch["digit"]),
+        "digit": digit_loss(predicted["digit"], batch["digit"]),
         "parity": F.cross_entropy(predicted["parity"], batch["parity"]),
         "pixel_sum": F.mse_loss(predicted["pixel_sum"], batch["pixel_sum"].float()),
     }
@@ -60,6 +63,7 @@ class DigitsMultitaskModule(pl.LightningModule):
         num_blocks: Residual blocks at each of two resolutions.
         task_weights: Weight of each task's loss in the sum, for all of `digit`, `parity` and `pixel_sum`.
         optimizer: Makes the optimiser from the parameters; None: AdamW with lr 2e-3.
+        loss: What the digit task trains on; None: cross-entropy, which it is validated and tested with in any case.
 
     Raises:
         InputError: If `channels` is not a multiple of 8, or `task_weights` names other tasks than these three.
@@ -72,6 +76,7 @@ class DigitsMultitaskModule(pl.LightningModule):
         task_weights: Mapping[str, float] | None = None,
         *,
         optimizer: OptimizerFactory | None = None,
+        loss: ClassificationLoss | None = None,
     ) -> None:
         super().__init__()
         task_weights = dict(task_weights if task_weights is not None else WEIGHTS)
@@ -79,9 +84,10 @@ class DigitsMultitaskModule(pl.LightningModule):
             raise InputError(f"DigitsMultitaskModule(channels={channels}): use a multiple of 8.")
         if set(task_weights) != set(TASKS):
             raise InputError(f"DigitsMultitaskModule(task_weights={task_weights}): give a weight for each of {TASKS}.")
-        self.save_hyperparameters(ignore=["optimizer"])
+        self.save_hyperparameters(ignore=["optimizer", "loss"])
         self._weights = task_weights
         self._optimizer = optimizer
+        self._loss = loss or F.cross_entropy
         self.net: DigitsNetwork | None = None
 
     def configure_model(self) -> None:
@@ -108,7 +114,7 @@ class DigitsMultitaskModule(pl.LightningModule):
 
     def task_losses(self, features: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the unweighted loss of each task."""
-        return digits_losses(split_scores(self.head(features)), batch)
+        return digits_losses(split_scores(self.head(features)), batch, self._loss)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """Map images `(B, 1, 8, 8)` to digit scores `(B, 10)`, parity scores `(B, 2)` and pixel sums `(B,)`."""

@@ -1,5 +1,26 @@
 """Losses, all computed in float32 at least."""
 
-from .multilabel import dense_multilabel_pointer_loss, multilabel_pointer_loss
+from collections.abc import Callable
 
-__all__ = ["dense_multilabel_pointer_loss", "multilabel_pointer_loss"]
+from torch import Tensor
+
+from .exact import ExactLoss, expected_accuracy, normalise_scores
+from .label_smoothing import smoothed_binary_cross_entropy, smoothed_cross_entropy, smoothing_floor
+from .multilabel import dense_multilabel_pointer_loss, multilabel_pointer_loss
+from .ranks import sum_over_ranks
+
+ClassificationLoss = Callable[[Tensor, Tensor], Tensor]
+"""From scores `(..., C)` and class numbers `(...)` to a scalar, such as `ExactLoss()` or a `functools.partial`."""
+
+__all__ = [
+    "ClassificationLoss",
+    "ExactLoss",
+    "dense_multilabel_pointer_loss",
+    "expected_accuracy",
+    "multilabel_pointer_loss",
+    "normalise_scores",
+    "smoothed_binary_cross_entropy",
+    "smoothed_cross_entropy",
+    "smoothing_floor",
+    "sum_over_ranks",
+]

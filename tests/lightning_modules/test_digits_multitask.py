@@ -12,8 +12,11 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 
 import kexue
+from kexue.cli.config import compose_run, plain, validate
+from kexue.cli.targets import build
 from kexue.errors import InputError
-from kexue.lightning_modules.imaging.digits_multitask import DigitsMultitaskModule, split_scores
+from kexue.lightning_modules.imaging.digits_multitask import DigitsMultitaskModule, digits_losses, split_scores
+from kexue.nn.losses import ExactLoss, smoothed_cross_entropy
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are trying to `self.log")
 
@@ -128,6 +131,33 @@ def test_loads_from_a_checkpoint_alone(tmp_path: Path) -> None:
     loaded = DigitsMultitaskModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
     data = batch(0, 4)
     assert torch.equal(loaded(data["image"])["digit"], module(data["image"])["digit"])
+
+
+@pytest.mark.parametrize("loss", ["label_smoothing", "exact"])
+def test_the_digit_task_takes_a_loss_by_config(loss: str) -> None:
+    """It trains on that, and is validated with cross-entropy; its state and saved values stay as they are."""
+    config = plain(compose_run([f"loss={loss}", "model.channels=8"]), "run")
+    validate(config)
+    torch.manual_seed(0)
+    module = build(config["model"], "model")
+    module.configure_model()
+    other, data = built(num_blocks=2), batch()
+    other.load_state_dict(module.state_dict())
+    assert other.hparams.keys() == module.hparams.keys()
+    scores = split_scores(module.head(module.features(data["image"])))["digit"]
+    found = module.task_losses(module.features(data["image"]), data)
+    expected = smoothed_cross_entropy(scores, data["digit"]) if loss == "label_smoothing" else ExactLoss()(
+        scores, data["digit"]
+    )  # fmt: skip
+    assert found["digit"] == pytest.approx(expected.item(), rel=1e-6)
+    plain_losses = other.task_losses(other.features(data["image"]), data)
+    assert found["digit"] != plain_losses["digit"]
+    assert found["parity"] == plain_losses["parity"]
+    with torch.no_grad():
+        stages = [digits_losses(m(data["image"]), data)["digit"] for m in (module, other)]
+    assert stages[0] == stages[1]
+    module.training_step(data, 0)["loss"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
 
 
 def test_config_binds() -> None:

@@ -100,7 +100,7 @@ def test_loss_gradients_statistics_and_random_numbers_are_equal(kind: str, dtype
 
 
 def test_without_the_random_state_the_same_test_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    import kexue.strategies.activation_checkpointing as module
+    import kexue.strategies.recompute_policies as module
 
     plain, recomputed = pair(dropout=0.5)
     original = module.checkpoint
@@ -112,10 +112,10 @@ def test_without_the_random_state_the_same_test_fails(monkeypatch: pytest.Monkey
 def test_without_frozen_statistics_batch_norm_would_count_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     from contextlib import nullcontext
 
-    import kexue.strategies.activation_checkpointing as module
+    import kexue.strategies.recompute_policies as module
 
     plain, recomputed = pair(batch_norm=True)
-    monkeypatch.setattr(module, "_frozen_statistics", lambda norms: nullcontext())
+    monkeypatch.setattr(module, "FrozenStatistics", lambda norms: nullcontext())
     with pytest.raises(AssertionError):
         assert_equal(step(plain), step(recomputed))
 

@@ -207,19 +207,102 @@ def test_memory_is_one_copy_of_the_parameters() -> None:
     assert held == sum(p.numel() for p in model.parameters())
 
 
-def test_sync_is_one_lerp_and_one_copy_per_dtype() -> None:
-    fast = [torch.ones(3), torch.ones(2, dtype=torch.float64), torch.zeros(1)]
-    slow = [torch.zeros(3), torch.zeros(2, dtype=torch.float64), torch.ones(1)]
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_sync_takes_as_few_calls_as_the_device_likes(device: str) -> None:
+    """Beside the CPU all tensors of a dtype go at once; on it each goes through the cache on its own."""
+    shapes = [((3,), torch.float32), ((2,), torch.float64), ((1,), torch.float32)]
+    fast = [torch.ones(shape, dtype=dtype, device=device) for shape, dtype in shapes]
+    slow = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes]
     with torch.profiler.profile() as profile:
         lookahead_sync(fast, slow, 0.25)
     calls = {event.key: event.count for event in profile.key_averages()}
-    assert calls["aten::_foreach_lerp_"] == 2
-    assert calls["aten::_foreach_copy_"] == 2
-    assert [t.tolist() for t in fast] == [[0.25] * 3, [0.25] * 2, [0.75]]
-    assert [t.tolist() for t in slow] == [[0.25] * 3, [0.25] * 2, [0.75]]
+    if device == "meta":
+        assert calls["aten::_foreach_lerp_"] == 2
+        assert calls["aten::_foreach_copy_"] == 2
+    else:
+        assert calls["aten::lerp_"] == 3
+        assert all(t.eq(0.25).all() for t in fast + slow)
 
 
-@pytest.mark.parametrize(("k", "alpha"), [(0, 0.5), (-1, 0.5), (5, -0.1), (5, 1.1)])
-def test_values_out_of_range_say_what_is_allowed(k: int, alpha: float) -> None:
-    with pytest.raises(ValueError, match=r"use (1 or more|a number from 0 to 1)"):
-        Lookahead(k=k, alpha=alpha)
+def test_sync_goes_through_large_and_strided_tensors_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = [torch.randn(7, 5), torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)]
+    slow = [torch.randn(7, 5), torch.randn(2, 3, 4, 5)]
+    expected = [torch.lerp(s, f, 0.3) for f, s in zip(fast, slow, strict=True)]
+    monkeypatch.setattr("kexue.strategies.swap.PIECE", 4)
+    lookahead_sync(fast, slow, 0.3)
+    assert all(torch.equal(t, e) for t, e in zip(fast + slow, expected + expected, strict=True))
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_parameters_without_gradients_are_never_copied(closure: bool) -> None:
+    used, unused = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    optimizer = LookaheadOptimizer(torch.optim.Adam([used, unused]), k=2)
+
+    def backward_once() -> Tensor:
+        optimizer.zero_grad()
+        loss = (used - 1).square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        if closure:
+            optimizer.step(backward_once)
+        else:
+            backward_once()
+            optimizer.step()
+    assert optimizer.state[used]["lookahead_step"] == 3
+    assert unused not in optimizer.state
+
+
+def test_a_closure_called_many_times_a_step_counts_once() -> None:
+    model = net()
+    optimizer = LookaheadOptimizer(torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=4), k=2, alpha=0.0)
+    start = [p.detach().clone() for p in model.parameters()]
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        return backward(model, 1)
+
+    optimizer.step(closure)
+    assert not all(torch.equal(p, s) for p, s in zip(model.parameters(), start, strict=True))
+    optimizer.step(closure)  # alpha = 0: back to where the first step began
+    assert all(torch.equal(p, s) for p, s in zip(model.parameters(), start, strict=True))
+
+
+def test_a_step_that_a_scaler_skips_moves_no_counter() -> None:
+    model = net().float()
+    optimizer = LookaheadOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1, fused=True), k=2, alpha=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    start = [p.detach().clone() for p in model.parameters()]
+    for value in (1.0, float("inf"), 1.0):  # the second step is skipped, so the third is the one that synchronises
+        optimizer.zero_grad()
+        scaler.scale(model(torch.full((2, 4), value)).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        back = [torch.equal(p, s) for p, s in zip(model.parameters(), start, strict=True)]
+        assert not any(back) or optimizer.state[next(model.parameters())]["lookahead_step"] == 2
+    assert all(back)
+
+
+def test_slow_weights_are_there_inside_the_context_only() -> None:
+    model = net()
+    optimizer = LookaheadOptimizer(INNER["adam"](model.parameters()), k=5)
+    start = [p.detach().clone() for p in model.parameters()]
+    with optimizer.slow_weights():  # none yet: the weights are what they are
+        assert all(torch.equal(p, s) for p, s in zip(model.parameters(), start, strict=True))
+    for step in range(3):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+    fast = [p.detach().clone() for p in model.parameters()]
+    with optimizer.slow_weights():
+        assert all(torch.equal(p, s) for p, s in zip(model.parameters(), start, strict=True))
+    assert all(torch.equal(p, f) for p, f in zip(model.parameters(), fast, strict=True))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"k": 0}, {"k": -1}, {"alpha": -0.1}, {"alpha": 1.1}, {"pullback": "zero"}, {"evaluate": "both"}]
+)
+def test_values_out_of_range_say_what_is_allowed(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"use (1 or more|a number from 0 to 1|'none', 'reset' or|'fast' or 'slow')"):
+        Lookahead(**wrong)

@@ -1,0 +1,275 @@
+"""What is recomputed of a block: all of it, all but what some operations result in, or as a plan says.
+
+Source: T. Chen et al. "Training Deep Nets with Sublinear Memory Cost" (arXiv 1604.06174); V. Korthikanti et al.
+"Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from ..errors import InputError
+from ..nn.flops import KEPT_PRODUCTS, is_product
+from .recompute_regions import Key, Operation, Region
+
+WIDE = 3
+"""`keep="narrow"` recomputes a product whose result has more than so many times the values of its first factor."""
+SMALLEST_OFFLOADED = 1024
+
+
+class Recompute:
+    """Stands in for a block's `forward`: recomputes while training with gradients, is the plain forward otherwise.
+
+    Args:
+        block: whose forward.
+        policy: what is recomputed.
+    """
+
+    def __init__(self, block: nn.Module, policy: Policy) -> None:
+        self.block, self.policy = block, policy
+        self.forward = block.forward
+        self.norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not (torch.is_grad_enabled() and self.block.training):
+            return self.forward(*args, **kwargs)
+        for value in (*args, *kwargs.values()):
+            if type(value).__name__.endswith("Cache"):
+                raise InputError(
+                    f"ActivationCheckpointing: {type(self.block).__name__} was given a {type(value).__name__} while "
+                    "training, which would grow twice; train without it (use_cache=False)."
+                )
+        options = self.policy.compiled() if torch.compiler.is_compiling() else None
+        if options is None:
+            return run(self, args, kwargs)
+        return checkpoint(self.forward, *args, use_reentrant=False, **options, **kwargs)
+
+    def second_run(self) -> AbstractContextManager:
+        """What is entered around each second run."""
+        return FrozenStatistics(self.norms) if self.norms else nullcontext()
+
+
+class FrozenStatistics:
+    """Keeps BatchNorm from counting a batch twice: in training mode its output does not depend on the running values.
+
+    A momentum of 0 leaves them where they are; the layer still saves the same tensors for its backward pass.
+    """
+
+    def __init__(self, norms: Sequence[_BatchNorm]) -> None:
+        self.norms = norms
+
+    def __enter__(self) -> None:
+        tracked = [norm for norm in self.norms if norm.track_running_stats and norm.training]
+        self.before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in tracked]  # type: ignore[union-attr]
+        for norm in tracked:
+            norm.momentum = 0.0
+
+    def __exit__(self, *error: Any) -> None:
+        for norm, momentum, batches in self.before:
+            norm.momentum = momentum  # type: ignore[assignment]
+            norm.num_batches_tracked.copy_(batches)  # type: ignore[union-attr]
+
+
+class Policy:
+    """What is recomputed of a block. The base: all of it."""
+
+    def run(self, recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the block forward."""
+        again = recompute.second_run()
+        if recompute.norms:
+            return _checkpointed(recompute.forward, args, kwargs, context_fn=lambda: (nullcontext(), again))
+        return _checkpointed(recompute.forward, args, kwargs)
+
+    def compiled(self) -> dict[str, Any] | None:
+        """Arguments of `checkpoint` for a compiler to follow; None: the block runs without it."""
+        return {}
+
+
+class Full(Policy):
+    """Recompute whole blocks."""
+
+
+@dataclass(frozen=True)
+class Selective(Policy):
+    """Keep the results of some operations, recompute the rest.
+
+    Args:
+        keep: "products" (matrix products, convolutions and attention kernels), "narrow" (those of them whose result
+            is at most three times as wide as what goes in), or names of operations, such as ("addmm", "gelu").
+
+    Raises:
+        ValueError: there is no such operation.
+    """
+
+    keep: str | tuple[str, ...] = "products"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.keep, str):
+            if self.keep not in ("products", "narrow"):
+                raise ValueError(
+                    f"ActivationCheckpointing(keep={self.keep!r}): use 'products', 'narrow', or a list of operations."
+                )
+            return
+        for name in self.keep:
+            if not _overloads(name):
+                raise ValueError(
+                    f"ActivationCheckpointing(keep={list(self.keep)}): torch.ops has no operation {name}; "
+                    "use names such as 'mm', 'addmm', 'gelu' or 'mylibrary.op'."
+                )
+
+    def run(self, recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        names = frozenset() if isinstance(self.keep, str) else frozenset(self.keep)
+        return run_region(Region(self.keeps, names), recompute, args, kwargs)
+
+    def keeps(self, operation: Operation) -> bool:
+        """Whether the result of this operation is kept."""
+        if not isinstance(self.keep, str):
+            return operation.key[0] in self.keep
+        if not is_product(operation.function):
+            return False
+        return self.keep == "products" or not is_wide(operation)
+
+    def compiled(self) -> dict[str, Any] | None:
+        if self.keep == "narrow":
+            return None
+        names = chain.from_iterable(map(_overloads, self.keep))
+        kept = KEPT_PRODUCTS if self.keep == "products" else list(names)
+        return {"context_fn": partial(create_selective_checkpoint_contexts, kept)}
+
+
+class Offload(Policy):
+    """Recompute whole blocks, and keep their inputs in the host's memory."""
+
+    def run(self, recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with torch.autograd.graph.saved_tensors_hooks(to_host, to_device):
+            return super().run(recompute, args, kwargs)
+
+    def compiled(self) -> None:
+        return None
+
+
+@dataclass
+class Planned(Policy):
+    """Follow a plan: for each time that the block is applied in a step, which results are kept.
+
+    Args:
+        calls: of a step, in order; the results to keep, or None to recompute nothing. They start anew after the last.
+    """
+
+    calls: Sequence[frozenset[Key] | None]
+    _next: int = field(default=0, init=False)
+
+    def run(self, recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kept = self.calls[self._next]
+        self._next = (self._next + 1) % len(self.calls)
+        if kept is None:
+            return recompute.forward(*args, **kwargs)
+        return run_region(Region(lambda operation: operation.key in kept), recompute, args, kwargs)
+
+    def compiled(self) -> None:
+        return None
+
+
+class Measured(Policy):
+    """Recompute whole blocks, and hand each region to `note(block, region)`."""
+
+    def __init__(self, note: Callable[[nn.Module, Region], None]) -> None:
+        self.note = note
+
+    def run(self, recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        block = recompute.block
+
+        def own() -> Iterator[Tensor]:
+            return chain(block.parameters(), block.buffers())
+
+        region = Region(lambda operation: False, measure=True, parameters=own)
+        result = run_region(region, recompute, args, kwargs)
+        self.note(block, region)
+        return result
+
+    def compiled(self) -> None:
+        return None
+
+
+@torch.compiler.disable
+def run(recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a block forward under its policy, without a compiler: both runs have to be alike."""
+    return recompute.policy.run(recompute, args, kwargs)
+
+
+def run_region(region: Region, recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a block forward within a region."""
+    result = _checkpointed(recompute.forward, args, kwargs, context_fn=region.contexts(recompute.second_run()))
+    region.finish()
+    return result
+
+
+def is_wide(operation: Operation) -> bool:
+    """Whether the result of a product has many more values than its first factor."""
+    factor = operation.args[1 if operation.key[0] in ("addmm", "baddbmm") else 0]
+    result = operation.result[0] if isinstance(operation.result, tuple) else operation.result
+    return result.numel() > WIDE * factor.numel()
+
+
+def to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
+    """Copy a tensor of a GPU to pinned memory, beside what the GPU computes; small ones and those of CPUs stay.
+
+    Returns:
+        Where it was, and where it is kept.
+    """
+    if not tensor.is_cuda or tensor.nbytes < SMALLEST_OFFLOADED:
+        return tensor.device, tensor
+    stream = _side_stream(tensor.device)
+    stream.wait_stream(torch.cuda.current_stream(tensor.device))
+    with torch.cuda.stream(stream):
+        host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+    tensor.record_stream(stream)  # its memory is not given away before it is copied
+    return tensor.device, host
+
+
+def to_device(kept: tuple[torch.device, Tensor]) -> Tensor:
+    """Bring back what `to_host` has kept."""
+    device, tensor = kept
+    if tensor.device == device:
+        return tensor
+    torch.cuda.current_stream(device).wait_stream(_side_stream(device))
+    return tensor.to(device, non_blocking=True)
+
+
+_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    if device not in _STREAMS:
+        _STREAMS[device] = torch.cuda.Stream(device)
+    return _STREAMS[device]
+
+
+def _checkpointed(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], **options: Any) -> Any:
+    """torch's `checkpoint`, with tensors among the keyword arguments treated as the others are."""
+    leaves, spec = tree_flatten((args, kwargs))
+
+    def run(*leaves: Any) -> Any:
+        args, kwargs = tree_unflatten(leaves, spec)
+        return forward(*args, **kwargs)
+
+    return checkpoint(run, *leaves, use_reentrant=False, **options)
+
+
+def _overloads(name: str) -> list[Any]:
+    """All overloads of the operation of this name, aten's unless it has a namespace."""
+    namespace, _, operation = name.rpartition(".")
+    packet: Any = getattr(getattr(torch.ops, namespace or "aten"), operation, None)
+    return [] if packet is None else [getattr(packet, overload) for overload in packet.overloads()]

@@ -1,0 +1,358 @@
+"""The technique around the rules: what it asks of a module, what it logs and keeps, and what it refuses."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from kexue.errors import InputError
+from kexue.strategies import LossWeighting, MultiSampleDropout, RDrop, SingleDevice
+from kexue.strategies.loss_weighting.rules import RULES, Measurement
+
+REQUIRED: dict[str, dict[str, Any]] = {
+    "prior": {"reference": {"kind": 1.0, "size": 100.0}},
+    "priority": {"main": "kind"},
+}
+PLAIN = {name: REQUIRED.get(name, {}) for name in RULES}
+
+
+class Two(pl.LightningModule):
+    """Two tasks on one encoder, one of them far larger."""
+
+    def __init__(self, losses: str = "losses", sign: float = 1.0) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(4, 8)
+        self.head = nn.Linear(8, 3)
+        self.kind, self.sign = losses, sign
+
+    def task_losses(self, features: Tensor, batch: Tensor) -> dict[str, Tensor]:
+        scores = self.head(features)
+        size = (scores[:, 2] - 10 * batch.sum(1)).square().mean()
+        return {"kind": nn.functional.cross_entropy(scores[:, :2], (batch[:, 0] > 0).long()), "size": self.sign * size}
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        losses = self.task_losses(self.encoder(batch).tanh(), batch)
+        loss = torch.stack(list(losses.values())).sum()
+        if self.kind == "scalar":
+            return loss
+        if self.kind == "vectors":
+            return {"loss": loss, "losses": {"kind": losses["kind"].expand(3)}}
+        if self.kind == "later" and batch_idx == 0:
+            losses = {"kind": losses["kind"]}
+        return {"loss": loss, "losses": losses}
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+class Foreign(Two):
+    """The same without `task_losses`; its losses come from elsewhere."""
+
+    task_losses: Any = None
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        losses = Two.task_losses(self, self.encoder(batch).tanh(), batch)
+        loss = torch.stack(list(losses.values())).sum()
+        return loss if self.kind == "scalar" else {"loss": loss, "losses": losses}
+
+
+class Log(pl.Callback):
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.rows.append({key: float(value) for key, value in trainer.logged_metrics.items()})
+
+
+def batches(count: int = 6) -> Tensor:
+    return torch.randn(count, 5, 4, generator=torch.Generator().manual_seed(3))
+
+
+def fit(*techniques: Any, model: Any = Two, **options: Any) -> tuple[Any, list[dict[str, float]]]:
+    """Train a module, or what `model()` makes once the seed is set."""
+    pl.seed_everything(5, verbose=False)
+    model, log = model if isinstance(model, nn.Module) else model(), Log()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=1,
+            strategy=SingleDevice(techniques),
+            logger=False,
+            callbacks=[log],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **({"max_epochs": 1, "log_every_n_steps": 1} | options),
+        )
+        trainer.fit(model, DataLoader(batches(), batch_size=None))  # type: ignore[arg-type]
+    return model, log.rows
+
+
+def weighted(weights: dict[str, float], steps: int = 1) -> Any:
+    """The model after steps of a plain loop with these weights."""
+    pl.seed_everything(5, verbose=False)
+    model = Two()
+    optimizer = model.configure_optimizers()
+    for batch in batches()[:steps]:
+        losses = model.training_step(batch, 0)["losses"]
+        optimizer.zero_grad()
+        torch.stack([weights[name] * loss for name, loss in losses.items()]).sum().backward()
+        optimizer.step()
+    return model
+
+
+def close(a: nn.Module, b: nn.Module) -> bool:
+    return all(
+        torch.allclose(p, dict(b.named_parameters())[name], rtol=1e-4, atol=1e-6) for name, p in a.named_parameters()
+    )
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_trains_with_the_weights_it_logs(rule: str) -> None:
+    model, (row, *_) = fit(LossWeighting(rule, **PLAIN[rule]), max_steps=1)
+    weights = {name: row[f"train/weight/{name}"] for name in ("kind", "size")}
+    assert close(weighted(weights), model)
+    assert row["train/loss/size"] > row["train/loss/kind"] > 0
+    assert ("train/cosine/kind_size" in row) == RULES[rule].uses_gradients
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_scalar_step_is_known_by_the_losses_of_task_losses(rule: str) -> None:
+    model, _ = fit(LossWeighting(rule, **PLAIN[rule]), model=partial(Two, "scalar"))
+    other, _ = fit(LossWeighting(rule, **PLAIN[rule]))
+    assert close(model, other)
+
+
+def test_equal_fixed_weights_are_plain_training() -> None:
+    model, _ = fit(LossWeighting("fixed"))
+    plain, _ = fit()
+    assert all(torch.equal(p, dict(model.named_parameters())[name]) for name, p in plain.named_parameters())
+
+
+@pytest.mark.parametrize("rule", ["mgda", "pcgrad", "priority"])
+def test_parameters_are_shared_if_two_tasks_reach_them(rule: str) -> None:
+    rows = fit(LossWeighting(rule, **PLAIN[rule], gradients="parameters"))[1]
+    assert rows == fit(LossWeighting(rule, **PLAIN[rule]), model=Foreign)[1]
+    pl.seed_everything(5, verbose=False)
+    model = Two()
+    losses = model.training_step(batches()[0], 0)["losses"]
+    rows_of = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.encoder.parameters()), retain_graph=True)])
+        for loss in losses.values()
+    ]
+    cosine = torch.cosine_similarity(rows_of[0], rows_of[1], dim=0).item()
+    assert rows[0]["train/cosine/kind_size"] == pytest.approx(cosine, abs=1e-5)
+
+
+def test_learned_scores_have_their_own_rate_and_no_decay() -> None:
+    """They are not among the optimiser's parameters, whatever that does; an Adam step has the length of its rate."""
+    model, rows = fit(LossWeighting("uncertainty", lr=0.3), max_steps=1)
+    assert not list(model.loss_weighting.parameters())
+    s = model.loss_weighting.rule.s[:2]
+    # exp(s) goes towards the loss: up where that is above 1, down where it is below.
+    expected = [0.3 if rows[0][f"train/loss/{name}"] > 1 else -0.3 for name in ("kind", "size")]
+    assert s.tolist() == [pytest.approx(value, rel=1e-4) for value in expected]
+
+
+def test_learned_scores_are_clamped() -> None:
+    model, _ = fit(LossWeighting("uncertainty", lr=3.0, clamp=2.0))
+    assert model.loss_weighting.rule.s[1].item() == 2.0
+
+
+def test_scores_settle_at_the_loss() -> None:
+    for rule, sign in (("uncertainty", 1), ("imtl_l", -1)):
+        learned = RULES[rule](lr=0.05)
+        losses = torch.tensor([0.1, 7.0], dtype=torch.float64)
+        for _ in range(600):
+            learned.weigh(Measurement(losses, torch.empty(0), torch.Generator(), 0))
+        assert torch.allclose(learned.s[:2] * sign, losses.log().float(), atol=0.02)  # type: ignore[index,operator]
+
+
+def test_dwa_is_equal_for_two_epochs() -> None:
+    _, rows = fit(LossWeighting("dwa"), max_epochs=4)
+    weights = [(row["train/weight/kind"], row["train/weight/size"]) for row in rows]
+    assert weights[:12] == [(1.0, 1.0)] * 12
+    assert all(sum(pair) == pytest.approx(2) for pair in weights)
+    means = [sum(row["train/loss/size"] for row in rows[i : i + 6]) / 6 for i in (0, 6)]
+    kinds = [sum(row["train/loss/kind"] for row in rows[i : i + 6]) / 6 for i in (0, 6)]
+    scores = torch.tensor([kinds[1] / kinds[0] / 2, means[1] / means[0] / 2])
+    assert weights[12] == pytest.approx((2 * scores.softmax(0)).tolist(), rel=1e-4)
+
+
+def test_initial_losses_are_measured_over_the_first_batches() -> None:
+    _, rows = fit(LossWeighting("initial", reference_batches=3))
+    sizes = [row["train/loss/size"] for row in rows]
+    seen = [row["train/weight/size"] for row in rows]
+    assert seen[:3] == [pytest.approx(n / sum(sizes[:n]), rel=1e-5) for n in (1, 2, 3)]
+    assert seen[3:] == seen[2:3] * 3
+
+
+def test_smoothing_is_a_running_mean_without_bias() -> None:
+    _, rows = fit(LossWeighting("real_time", smoothing=0.8))
+    mean = count = 0.0
+    for row in rows:
+        mean, count = 0.8 * mean + 0.2 * row["train/loss/size"], 0.8 * count + 0.2
+        assert row["train/weight/size"] == pytest.approx(count / mean, rel=1e-5)
+
+
+def test_gradients_are_looked_at_every_n_steps() -> None:
+    _, rows = fit(LossWeighting("mgda", every_n_steps=3))
+    weights = [row["train/weight/size"] for row in rows]
+    assert weights[0] == weights[1] == weights[2] != weights[3] == weights[5]
+    assert ["train/cosine/kind_size" in row for row in rows] == [True] * 6  # Lightning keeps the last one
+
+
+def test_random_weights_follow_seed_and_step() -> None:
+    first, again, other = (
+        [row["train/weight/kind"] for row in fit(LossWeighting("random", seed=seed))[1]] for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert len(set(first)) == 6
+
+
+def test_the_state_is_one_submodule_and_the_rest_stays() -> None:
+    plain = set(Two().state_dict())
+    for rule in ("fixed", "gradnorm"):
+        model, _ = fit(LossWeighting(rule))
+        added = set(model.state_dict()) - plain
+        assert plain <= set(model.state_dict())
+        assert {name.partition(".")[0] for name in added} == {"loss_weighting"}
+        assert "task_losses" not in vars(model)
+        assert model.loss_weighting.read_names() == ["kind", "size"]
+
+
+def test_a_second_fit_goes_on() -> None:
+    model, _ = fit(LossWeighting("uncertainty"))
+    before = model.loss_weighting.rule.steps.clone()
+    fit(LossWeighting("uncertainty"), model=model)
+    assert torch.equal(model.loss_weighting.rule.steps[:2], 2 * before[:2])
+    fit(LossWeighting("real_time"), model=model)
+    assert type(model.loss_weighting.rule) is RULES["real_time"]
+
+
+def test_running_means_stay_in_float32() -> None:
+    model, _ = fit(LossWeighting("real_time", smoothing=0.9))
+    mean = model.loss_weighting.mean.clone()
+    model.to(torch.bfloat16)
+    assert model.encoder.weight.dtype == torch.bfloat16
+    assert model.loss_weighting.mean.dtype == torch.float32
+    assert torch.equal(model.loss_weighting.mean, mean)
+
+
+@pytest.mark.parametrize("rule", ["real_time", "mgda"])
+def test_with_several_dropout_masks(rule: str) -> None:
+    for techniques in (
+        [MultiSampleDropout(3, 0.2), LossWeighting(rule)],
+        [LossWeighting(rule), MultiSampleDropout(3, 0.2)],
+    ):
+        _, rows = fit(*techniques)
+        assert all(0 <= row["train/weight/size"] <= 1 for row in rows)
+
+
+def test_r_drop_adds_a_task() -> None:
+    class WithLogits(Two):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            features = nn.functional.dropout(self.encoder(batch).tanh(), 0.3)
+            losses = self.task_losses(features, batch)
+            loss = torch.stack(list(losses.values())).sum()
+            return {"loss": loss, "losses": losses, "logits": self.head(features)[:, :2]}
+
+    _, rows = fit(RDrop(), LossWeighting("mgda"), model=WithLogits)
+    assert all(row["train/loss/r_drop"] > 0 for row in rows)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rule": "fasted"}, "no such rule; use one of fixed, initial"),
+        ({"rule": "mgda", "gradients": "h"}, "gradients='h'): use one of auto, features, parameters"),
+        ({"rule": "mgda", "every_n_steps": 0}, "use 1 or more"),
+        ({"rule": "mgda", "smoothing": 1.0}, "from 0 to below 1"),
+        ({"rule": "prior"}, "best constant prediction"),
+        ({"rule": "priority"}, "name the main task"),
+        ({"rule": "dwa", "temperature": 0.0}, "above 0"),
+        ({"rule": "uncertainty", "lr": 0.0}, "above 0"),
+        ({"rule": "cagrad", "c": -1.0}, "0 or more"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match="LossWeighting") as caught:
+        LossWeighting(**arguments)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("technique", "model", "message"),
+    [
+        (LossWeighting("priority", main="class"), Two(), "no such task; use kind, size"),
+        (LossWeighting("fixed", weights={"kind": 1.0}), Two(), "give a number for each of kind, size"),
+        (LossWeighting("prior", reference={"kind": 1.0, "size": 0.0}), Two(), "use losses above 0"),
+        (LossWeighting("real_time"), Two(sign=-1.0), "the loss of 'size' is -"),
+        (LossWeighting("real_time"), Two("vectors"), "is a tensor (3,)"),
+        (LossWeighting("real_time"), Two("later"), "tasks=['kind', 'size']"),
+        (LossWeighting("real_time"), Foreign("scalar"), "tells no losses"),
+        (LossWeighting("mgda", gradients="features"), Foreign(), "has no task_losses(features, batch)"),
+    ],
+)
+def test_wrong_modules(technique: LossWeighting, model: pl.LightningModule, message: str) -> None:
+    with pytest.raises(InputError, match="LossWeighting") as caught:
+        fit(technique, model=model)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("rule", ["fixed", "random", "gradient_norm", "mgda", "priority"])
+def test_negative_losses_are_fine_for_rules_that_take_them(rule: str) -> None:
+    model, _ = fit(LossWeighting(rule, **PLAIN[rule]), model=Two(sign=-1e-3))
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_manual_optimisation_is_refused() -> None:
+    model = Two()
+    model.automatic_optimization = False
+    with pytest.raises(InputError, match="automatic_optimization=True"):
+        fit(LossWeighting("fixed"), model=model)
+
+
+def test_float16_is_refused_for_gradients() -> None:
+    model = Two()
+    model._trainer = type("Trainer", (), {"precision": "16-mixed", "strategy": None})()  # type: ignore[assignment]
+    with pytest.raises(InputError, match="bf16-mixed"):
+        LossWeighting("mgda").attach(model)
+    LossWeighting("real_time").attach(model)
+
+
+def test_an_option_of_another_rule_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="gamma has no effect"):
+        LossWeighting("dwa", gamma=2.0)
+
+
+def test_samples_of_single_tasks_are_warned_of() -> None:
+    class Disjoint(Two):
+        def task_losses(self, features: Tensor, batch: Tensor) -> dict[str, Tensor]:
+            scores = self.head(features)
+            return {"kind": scores[:2, 0].square().mean(), "size": scores[2:, 2].square().mean()}
+
+    model = Disjoint()
+    technique = LossWeighting("mgda")
+    technique.attach(model)
+    with pytest.warns(UserWarning, match="no sample of the batch belongs to two tasks"):
+        technique.combine(model.training_step(batches()[0], 0), model)
+
+
+def test_an_attribute_of_the_same_name_is_explained() -> None:
+    model = Two()
+    model.loss_weighting = 3
+    with pytest.raises(InputError, match="loss_weighting is taken"):
+        fit(LossWeighting("fixed"), model=model)
