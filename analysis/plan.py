@@ -67,8 +67,8 @@ ASSUMPTIONS = (
     "the optimiser reads and writes its state at the full bandwidth of the memory; an offloaded one at "
     f"{HOST_BANDWIDTH / 1e9:.0f} GB/s of the host's",
     "memory is the sum of all parts, as if all gradients met all activations: an upper bound",
-    f"the best is the first in the table within {NEARLY:.0%} and a millisecond of the fastest that fits; selective "
-    "recomputation is shown for comparison, kexue fit does not offer it",
+    f"the best is the first in the table within {NEARLY:.0%} and a millisecond of the fastest that fits",
+    "selective recomputation keeps the results of all products, also of those that nobody asks for again",
     f"{CONTEXT_BYTES / GIB:.0f} GiB for the device's context and libraries, and {FRAGMENTATION:.0%} for fragmentation",
 )
 
@@ -247,11 +247,8 @@ def forecasts(job: Job, devices: int, device: Device, precision: Precision) -> l
 
 
 def best(options: list[Forecast], memory: float) -> Forecast | None:
-    """Of those that fit and are about as fast as the fastest of them, the first: the simplest; None where none fits.
-
-    Selective recomputation is left out, which is none of the project's techniques.
-    """
-    fitting = [option for option in options if option.total <= memory and option.recompute != "selective"]
+    """Of those that fit and are about as fast as the fastest of them, the first: the simplest; None where none fits."""
+    fitting = [option for option in options if option.total <= memory]
     quickest = min((option.seconds for option in fitting), default=0.0)
     return next((option for option in fitting if option.seconds <= quickest * (1 + NEARLY) + MILLISECOND), None)
 

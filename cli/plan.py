@@ -140,8 +140,10 @@ def _costs(job: Job) -> Table:
 
 def _command(chosen: Forecast, devices: int) -> str:
     words = [f"strategy={chosen.strategy.name}", f"trainer.devices={devices}"]
-    if chosen.recompute == "full":
+    if chosen.recompute != "off":
         words.append("technique=[activation_checkpointing]")
+    if chosen.recompute == "selective":
+        words.append("technique.activation_checkpointing.policy=selective")
     host = f"; {chosen.host / 2**30:.3g} GiB of host memory for each device" if chosen.host else ""
     return f"best: kexue fit ... {' '.join(words)}{host}"
 

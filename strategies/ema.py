@@ -8,7 +8,6 @@ that of TensorFlow's ExponentialMovingAverage.  Checked against: the formula wri
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -26,7 +25,7 @@ STEP = "ema_step"
 
 
 @torch.no_grad()
-def ema_update(averages: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -> None:
+def ema_update(averages: list[Tensor], weights: list[Tensor], decay: float) -> None:
     """Move averages towards weights, in place: `average = decay * average + (1 - decay) * weight`.
 
     Args:

@@ -193,10 +193,11 @@ class Measurement:
     @contextmanager
     def counting(self, module: nn.Module) -> Iterator[None]:
         """Count what is saved outside the regions, their inputs included."""
-        own = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
+            # Asked each time: under ZeRO stage 3 weights come and go.
+            own = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
             if storage._cdata not in own and storage._cdata not in self._base:
                 self._base[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
             return tensor

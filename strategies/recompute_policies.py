@@ -6,7 +6,7 @@ Source: T. Chen et al. "Training Deep Nets with Sublinear Memory Cost" (arXiv 16
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -53,7 +53,7 @@ class Recompute:
         options = self.policy.compiled() if torch.compiler.is_compiling() else None
         if options is None:
             return run(self, args, kwargs)
-        return checkpoint(self.forward, *args, use_reentrant=False, **options, **kwargs)
+        return checkpoint(self.forward, *args, use_reentrant=False, **options, **kwargs)  # pyright: ignore[reportCallIssue]
 
     def second_run(self) -> AbstractContextManager:
         """What is entered around each second run."""
@@ -130,7 +130,7 @@ class Selective(Policy):
 
     def run(self, recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         names = frozenset() if isinstance(self.keep, str) else frozenset(self.keep)
-        return run_region(Region(self.keeps, names), recompute, args, kwargs)
+        return run_region(Region(recompute.block, self.keeps, names), recompute, args, kwargs)
 
     def keeps(self, operation: Operation) -> bool:
         """Whether the result of this operation is kept."""
@@ -175,7 +175,7 @@ class Planned(Policy):
         self._next = (self._next + 1) % len(self.calls)
         if kept is None:
             return recompute.forward(*args, **kwargs)
-        return run_region(Region(lambda operation: operation.key in kept), recompute, args, kwargs)
+        return run_region(Region(recompute.block, lambda operation: operation.key in kept), recompute, args, kwargs)
 
     def compiled(self) -> None:
         return None
@@ -188,14 +188,9 @@ class Measured(Policy):
         self.note = note
 
     def run(self, recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        block = recompute.block
-
-        def own() -> Iterator[Tensor]:
-            return chain(block.parameters(), block.buffers())
-
-        region = Region(lambda operation: False, measure=True, parameters=own)
+        region = Region(recompute.block, lambda operation: False, measure=True)
         result = run_region(region, recompute, args, kwargs)
-        self.note(block, region)
+        self.note(recompute.block, region)
         return result
 
     def compiled(self) -> None:

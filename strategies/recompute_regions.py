@@ -17,10 +17,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Set
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -44,6 +45,7 @@ ALLOCATED = {
 }
 SHAPED = {"ones_like", "full_like", "new_full", "new_ones", "rand_like", "randn_like", "randint_like"}
 """Operations that read no values: those that leave the filling to others, and those that fill."""
+CHANGING = {torch.Tag.inplace_view, torch.Tag.nondeterministic_seeded}
 DECIDING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
 
 
@@ -131,10 +133,10 @@ class Region:
     """One run of a block, to be run again in its backward pass.
 
     Args:
+        block: whose parameters and buffers are no activations.
         keep: says of an operation whether its result is to be kept.
         marked: names of operations besides products that `keep` is asked about.
         measure: count FLOPs of the products.
-        parameters: whose storages are no activations.
 
     Attributes:
         tape: what ran, complete once `finish` was called.
@@ -142,12 +144,12 @@ class Region:
 
     def __init__(
         self,
+        block: nn.Module,
         keep: Keep,
         marked: frozenset[str] = frozenset(),
         measure: bool = False,
-        parameters: Callable[[], Iterator[Tensor]] = lambda: iter(()),
     ) -> None:
-        self.keep, self.marked, self.measure, self.parameters = keep, marked, measure, parameters
+        self.block, self.keep, self.marked, self.measure = block, keep, marked, measure
         self.tape = Tape()
         self.numbers: dict[Key, int] = {}
         self.results: dict[int, _Result] = {}
@@ -207,8 +209,7 @@ class Region:
             return
         if not written or not written.keys() <= read.keys():  # not only another view
             self._read.update(read)
-        if self._unfilled.intersection(read):
-            self.tape.opaque = True  # filled by a kernel that was not seen
+            self._check_filled(read)
         if self.is_marked(function):
             self._note_product(Operation(function, self._next_key(name), args, result), values, written, kwargs, before)
             return
@@ -231,11 +232,10 @@ class Region:
     def pack(self, tensor: Tensor) -> None:
         """Note a tensor that autograd saves."""
         storage = self._storages((tensor,))
-        if not storage.keys() <= {_address(parameter) for parameter in self.parameters()}:
+        if not storage.keys() <= self._own():
             self.tape.saved.update(storage)
             self._read.update(storage)
-            if self._unfilled.intersection(storage):
-                self.tape.opaque = True
+            self._check_filled(storage)
 
     def replay(self, number: int) -> tuple[Any, int]:
         """The result of a product in a second run.
@@ -262,16 +262,17 @@ class Region:
         outside = not self._outside.isdisjoint(changed)  # such as a buffer
         if outside or (_decides(function) and read):
             tape.asked |= values
+        unread = self._read.isdisjoint(changed) and _is_in_place(function)
         for storage in changed:
             before = tape.sources.get(storage, NONE)
-            for number in before:
-                product = tape.products[number]
-                if product.storages.keys() == changed.keys() - self._read and not _decides(function):
-                    product.changes += 1
-                    product.needs |= values - before
-                elif storage in product.storages:
-                    tape.spoiled.add(number)
-            tape.sources[storage] = before | values
+            makers = [number for number in before if storage in tape.products[number].storages]
+            if makers and unread and tape.products[makers[0]].storages.keys() == changed.keys():
+                product = tape.products[makers[0]]
+                product.changes += 1
+                product.needs |= values - before
+            else:
+                tape.spoiled.update(makers)
+                tape.sources[storage] = before | values
         self._unfilled -= changed.keys()
 
     def _note_product(
@@ -298,11 +299,19 @@ class Region:
         self._counts[name] += 1
         return name, self._counts[name] - 1
 
+    def _check_filled(self, storages: dict[int, int]) -> None:
+        """Follow no further where a kernel that was not seen has filled something other than gathered weights."""
+        if self._unfilled.intersection(storages) - self._own():
+            self.tape.opaque = True
+
+    def _own(self) -> set[int]:
+        return {_address(tensor) for tensor in chain(self.block.parameters(), self.block.buffers())}
+
     def _storages(self, values: Any) -> dict[int, int]:
         """Storages of all tensors in nested lists, with their bytes."""
         found: dict[int, int] = {}
         for tensor in _tensors(values):
-            if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
+            if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
                 self.tape.opaque = True
                 continue
             storage = tensor.untyped_storage()
@@ -376,9 +385,11 @@ class _Replayer(TorchDispatchMode):
                 self.changes[_address(result)] = changes
             if result is not NotImplemented:
                 return result
-        elif self.changes and func._schema.is_mutable and self.changes.get(_address(args[0]), 0):
-            self.changes[_address(args[0])] -= 1
-            return args[0]
+        elif self.changes and isinstance(func, torch._ops.OpOverload) and _is_in_place(func):
+            address = _address(args[0])
+            if self.changes.get(address, 0):
+                self.changes[address] -= 1
+                return args[0]
         return func(*args, **(kwargs or {}))
 
 
@@ -483,6 +494,13 @@ def _changed(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> li
         for i, argument in enumerate(function._schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
+
+
+def _is_in_place(function: Any) -> bool:
+    """Whether an operation changes the values of its first argument and nothing else, as `add_` does."""
+    schema = function._schema
+    written = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
+    return sum(written) == 1 and written[0] and len(schema.returns) == 1 and CHANGING.isdisjoint(function.tags)
 
 
 def _decides(function: Any) -> bool:

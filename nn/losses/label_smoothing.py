@@ -91,8 +91,8 @@ def smoothed_cross_entropy(
     share: float | Tensor = smoothing
     if convention == "others":
         # The same loss as "all" with more smoothing, C / (C - 1) times as much.
-        count = scores.new_tensor(scores.shape[-1], dtype=dtype) if class_mask is None else class_mask.sum(-1, dtype=dtype)
-        share = smoothing * count / (count - 1).clamp(min=1)
+        count = torch.tensor(scores.shape[-1]) if class_mask is None else class_mask.sum(-1)
+        share = smoothing * (1 + 1 / (count - 1).clamp(min=1).to(dtype))
     losses = (share - 1) * plain - share * _mean_over_classes(log_q, prior, weight, class_mask)
     return _reduce(call, losses.masked_fill(~valid, 0), mass, reduction, over_ranks)
 

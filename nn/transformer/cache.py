@@ -124,7 +124,7 @@ class Memory:
         return tokens[:, max(tokens.shape[1] - self.length, 0) :].contiguous()
 
     def extend(self, batch: int, tokens: int, mask: Tensor | None) -> Tensor | None:
-        """The mask `(B, M + T)` of what is remembered and of new tokens, given that of these; None when all are real."""
+        """The mask `(B, M + T)` of what is remembered and of new tokens, given the latter; None when all are real."""
         return _joined(self.mask, mask, batch, self.size, tokens)
 
     def reorder(self, rows: Tensor) -> None:

@@ -109,6 +109,7 @@ def test_memory_of_a_single_device() -> None:
     assert train(["single"])["single"] == pytest.approx(held(Strategy("single", 0), 1), rel=0.1)
 
 
+@pytest.mark.slow
 def test_memory_of_two_processes() -> None:
     strategies = [strategy for strategy in STRATEGIES if not strategy.offload]
     for measured in run_ranks(train, 2, [strategy.name for strategy in strategies]):
@@ -166,6 +167,13 @@ def test_best_is_the_simplest_of_about_the_fastest_that_fit() -> None:
     assert tight is not None
     assert tight.recompute == "full"
     assert best(options, 1e9) is None
+
+
+def test_selective_recomputation_is_chosen_where_it_fits_and_costs_nothing() -> None:
+    selective = StepCost(flops=int(6e12), saved_bytes=int(8e9), again_bytes=int(1e9))
+    plain, full = job().costs["off"], job().costs["full"]
+    options = forecasts(job(costs={"off": plain, "selective": selective, "full": full}), 8, H100, FLOAT)
+    assert best(options, of(options, "ddp", "selective").total) is of(options, "ddp", "selective")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from cells import BASES, RANK, WORLD, MODULES, Classifier, differences, full_weights, loader, make_strategy
+from cells import BASES, MODULES, RANK, WORLD, Classifier, differences, full_weights, loader, make_strategy
 from ranks import run_ranks
 from torch import Tensor
 
@@ -128,7 +128,11 @@ def fit(base: str, *, save: str | None = None, resume: str | None = None, epochs
     model, normaliser = Exact(sigma=2.0), GradientNormaliser()
     # A norm that is never reached: the engine computes it, and nothing is clipped.
     trainer = trainer_with(
-        normaliser, strategy=make_strategy(base, []), max_epochs=epochs, gradient_clip_val=1e6, accumulate_grad_batches=2
+        normaliser,
+        strategy=make_strategy(base, []),
+        max_epochs=epochs,
+        gradient_clip_val=1e6,
+        accumulate_grad_batches=2,
     )
     trainer.fit(model, loader(RANK, WORLD, 24, 4), ckpt_path=resume)
     if save is not None:

@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 
+from kexue.analysis.plan import DEVICES, PRECISIONS, Job, forecasts
+from kexue.analysis.step_cost import StepCost
 from kexue.cli import main as cli
 from kexue.cli import session
 from kexue.cli.config import compose_run, plain
-from kexue.cli.plan import _count_real, _largest_batch, count_job
+from kexue.cli.plan import _command, _count_real, _largest_batch, count_job
 
 GPLINKER = ["experiment=gplinker_event", "data.root=null", "data.num_generated=60"]
 
@@ -94,3 +96,17 @@ def test_wrong_input(words: list[str], message: str, capsys: pytest.CaptureFixtu
     line = capsys.readouterr().err
     assert message in line
     assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("recompute", "words"),
+    [
+        ("off", "best: kexue fit ... strategy=ddp trainer.devices=2"),
+        ("selective", " technique=[activation_checkpointing] technique.activation_checkpointing.policy=selective"),
+        ("full", " technique=[activation_checkpointing]"),
+    ],
+)
+def test_the_command_names_what_is_recomputed(recompute: Any, words: str) -> None:
+    job = Job(10, 0, 0, 2, {recompute: StepCost(10, 10)})
+    options = forecasts(job, 2, DEVICES["h100"], PRECISIONS["32-true"])
+    assert _command(options[0], 2).endswith(words)

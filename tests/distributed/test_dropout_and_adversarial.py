@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from kexue.strategies import FGM, ActivationCheckpointing, MultiSampleDropout, RDrop, multi_sample_dropout
 
+pytestmark = pytest.mark.slow
+
 # Small parameters would stay whole at stage 3, and nothing would be shown.
 DIVIDE = {"config": {"zero_optimization": {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}}}
 TECHNIQUES = {

@@ -20,6 +20,8 @@ from torch.optim import Optimizer
 from kexue.strategies import Lookahead, LookaheadOptimizer, load_weights
 from kexue.strategies.lookahead import SLOW
 
+pytestmark = pytest.mark.slow
+
 # Parameters that are gathered for every use, in several sub-groups, each stepped on its own; stage 3 keeps a model as
 # small as this one gathered otherwise.
 SHARDED = {"sub_group_size": 500, "config": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}

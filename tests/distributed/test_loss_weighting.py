@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from kexue.strategies import LossWeighting
 from kexue.strategies.loss_weighting import technique as implementation
 
+pytestmark = pytest.mark.slow
+
 TASKS = ("kind", "size", "noise")
 REFERENCE = {"kind": 1.1, "size": 900.0, "noise": 0.05}
 RULES: dict[str, dict[str, Any]] = {

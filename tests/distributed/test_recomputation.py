@@ -16,6 +16,8 @@ from ranks import run_ranks
 
 from kexue.strategies import ActivationCheckpointing
 
+pytestmark = pytest.mark.slow
+
 POLICIES: dict[str, dict[str, Any]] = {
     "full": {},
     "selective": {"policy": "selective"},
@@ -93,8 +95,10 @@ def test_one_plan_on_all_ranks(base: str, module: str, ranks: list[dict[Any, Any
     assert second["saved"] is None
     assert first["plan"]["kept_bytes"] <= first["plan"]["budget_bytes"]
     assert first["plan"]["kept_bytes"] < first["plan"]["plain_bytes"]
+    # ZeRO stage 3 computes with gathered weights and adds biases apart: other operations, the same choice.
     on_ddp = ranks[0]["ddp", module, "budget"]["plan"]
-    assert first["plan"]["calls"] == on_ddp["calls"]
+    for name in ("kept_bytes", "again_bytes", "recomputed_flops"):
+        assert [call[name] for call in first["plan"]["calls"]] == [call[name] for call in on_ddp["calls"]]
 
 
 def plan_of(folder: str) -> Any:
@@ -122,4 +126,4 @@ def test_the_largest_batch_decides(tmp_path: Path) -> None:
     first, second = run_ranks(plan_of, 2, str(tmp_path))
     assert first == second
     (alone,) = run_ranks(plan_of, 1, str(tmp_path))
-    assert first["plain_bytes"] == alone["plain_bytes"] / 2
+    assert first["plain_bytes"] == pytest.approx(alone["plain_bytes"] / 2, rel=1e-3)

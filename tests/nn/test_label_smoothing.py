@@ -218,7 +218,8 @@ def test_many_labels() -> None:
     padded[3] = -100
     kept = [0, 1, 2, 4]
     torch.testing.assert_close(
-        smoothed_binary_cross_entropy(scores, padded, 0.2), smoothed_binary_cross_entropy(scores[kept], target[kept], 0.2)
+        smoothed_binary_cross_entropy(scores, padded, 0.2),
+        smoothed_binary_cross_entropy(scores[kept], target[kept], 0.2),
     )
     half = smoothed_binary_cross_entropy(scores.bfloat16() * 50, target, 0.2, weight=[1.0] * CLASSES)
     assert half.dtype == torch.float32

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from kexue.errors import InputError
-from kexue.strategies import LossWeighting, MultiSampleDropout, RDrop, SingleDevice
+from kexue.strategies import LossWeighting, MultiSampleDropout, RDrop, SingleDevice, load_weights
 from kexue.strategies.loss_weighting.rules import RULES, Measurement
 
 REQUIRED: dict[str, dict[str, Any]] = {
@@ -61,6 +61,11 @@ class Foreign(Two):
         losses = Two.task_losses(self, self.encoder(batch).tanh(), batch)
         loss = torch.stack(list(losses.values())).sum()
         return loss if self.kind == "scalar" else {"loss": loss, "losses": losses}
+
+
+class Evaluated(Two):
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Nothing to score."""
 
 
 class Log(pl.Callback):
@@ -267,6 +272,32 @@ def test_r_drop_adds_a_task() -> None:
 
     _, rows = fit(RDrop(), LossWeighting("mgda"), model=WithLogits)
     assert all(row["train/loss/r_drop"] > 0 for row in rows)
+
+
+# Checkpoints
+
+
+def test_checkpoints_are_evaluated_without_the_state(tmp_path: Any) -> None:
+    path = tmp_path / "run.ckpt"
+    model, _ = fit(LossWeighting("uncertainty"))
+    model.trainer.save_checkpoint(path)
+    weights = load_weights(path)
+    assert set(weights) == set(Two().state_dict())
+    fresh = Evaluated()
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = pl.Trainer(strategy=SingleDevice(), devices=1, **quiet)
+    trainer.test(fresh, DataLoader(batches(), batch_size=None), ckpt_path=path, verbose=False)  # type: ignore[arg-type]
+    assert torch.equal(fresh.encoder.weight, model.encoder.weight)
+
+
+@pytest.mark.parametrize("techniques", [[], [LossWeighting("mgda")]])
+def test_going_on_without_the_technique_is_explained(techniques: list[Any], tmp_path: Any) -> None:
+    path = tmp_path / "run.ckpt"
+    model, _ = fit(LossWeighting("uncertainty"))
+    model.trainer.save_checkpoint(path)
+    trainer = pl.Trainer(strategy=SingleDevice(techniques), accelerator="cpu", devices=1, max_epochs=2, logger=False)
+    with pytest.raises(InputError, match=r"loss_weighting\..*Use the config it was trained with"):
+        trainer.fit(Two(), DataLoader(batches(), batch_size=None), ckpt_path=path)  # type: ignore[arg-type]
 
 
 # What is refused
