@@ -1,7 +1,7 @@
 """What label smoothing does to error and calibration: small pictures, few of them, several seeds.
 
-Each seed draws 500 of the 2,300 pictures of the CIFAR-10 sample, trains a small residual network on them twice, with and
-without smoothing from the same start on the same batches, and tests both with the plain loss on 1,000 others. So it
+Each seed draws 500 of the 2,300 pictures of the CIFAR-10 sample, trains a small residual network on them twice, with
+and without smoothing from the same start on the same batches, and tests both with the plain loss on 1,000 others. So it
 does with the pictures as they are, which the network comes to know by heart, and with pictures shifted and mirrored
 anew each time. The spread given is the standard error over seeds; in each third line, of the differences within seeds.
 

@@ -90,7 +90,7 @@ def cheapest(costs: StepCosts, budget: int) -> Plan:
         raise InputError(
             f"ActivationCheckpointing(policy='budget', budget=...): {mib(budget)} MiB is too little, {mib(lowest)} "
             f"MiB is the least of {mib(costs.plain_bytes)} ({mib(costs.base_bytes)} are outside the blocks or their "
-            f"inputs); use budget={lowest / costs.plain_bytes:.3f} or more, or smaller batches."
+            f"inputs); use budget={math.ceil(1000 * lowest / costs.plain_bytes) / 1000} or more, or smaller batches."
         )
     candidates = [smallest, *_uniform(costs, options), _knapsack(options, budget - costs.base_bytes)]
     plans = [Plan(costs, budget, tuple(candidate)) for candidate in candidates]

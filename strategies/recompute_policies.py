@@ -52,7 +52,7 @@ class Recompute:
                 )
         options = self.policy.compiled() if torch.compiler.is_compiling() else None
         if options is None:
-            return run(self, args, kwargs)
+            return run(self, args, kwargs)  # pyright: ignore[reportCallIssue]
         return checkpoint(self.forward, *args, use_reentrant=False, **options, **kwargs)  # pyright: ignore[reportCallIssue]
 
     def second_run(self) -> AbstractContextManager:
