@@ -86,7 +86,7 @@ class Tape:
         products: in the order in which they ran.
         sources: for each storage, the products that its values depend on without another product between.
         asked: products whose values decide more than values: which random numbers are drawn, what runs, what is sent.
-        saved: storages that autograd saves, with their bytes; parameters left out.
+        saved: storages that autograd saves, with their bytes; without parameters where the region measures.
         spoiled: products whose result was changed in place after something had read it.
         opaque: something ran that cannot be followed, so every product counts as asked for.
     """
@@ -232,7 +232,7 @@ class Region:
     def pack(self, tensor: Tensor) -> None:
         """Note a tensor that autograd saves."""
         storage = self._storages((tensor,))
-        if not storage.keys() <= self._own():
+        if not self.measure or not storage.keys() <= self._own():
             self.tape.saved.update(storage)
             self._read.update(storage)
             self._check_filled(storage)
@@ -301,10 +301,12 @@ class Region:
 
     def _check_filled(self, storages: dict[int, int]) -> None:
         """Follow no further where a kernel that was not seen has filled something other than gathered weights."""
-        if self._unfilled.intersection(storages) - self._own():
+        found = self._unfilled.intersection(storages)
+        if found and found - self._own():
             self.tape.opaque = True
 
     def _own(self) -> set[int]:
+        """Storages of parameters and buffers; under ZeRO stage 3 they come and go while the block runs."""
         return {_address(tensor) for tensor in chain(self.block.parameters(), self.block.buffers())}
 
     def _storages(self, values: Any) -> dict[int, int]:
