@@ -36,6 +36,7 @@ class TechniqueMixin(Strategy):
         self.techniques = check_techniques(type(self).__name__, techniques)
         self._positions: list[Position] = []
         self._pending: list[dict[str, Any]] = []
+        self._states: dict[str, Any] = {}
         self._attached: pl.LightningModule | None = None
         self._exchanged = False
 
@@ -55,6 +56,16 @@ class TechniqueMixin(Strategy):
         self._exchanged = False
         for technique in self.techniques:
             technique.attach(module)
+        self._restore_techniques()
+
+    def _restore_techniques(self) -> None:
+        """Hand the states that a checkpoint has brought to their techniques, as soon as both are there."""
+        if self._attached is None:
+            return
+        states, self._states = self._states, {}
+        for technique in self.techniques:
+            if state := states.get(type(technique).__name__):
+                technique.load_state_dict(state)
 
     def wrap_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Pass an optimiser through the techniques."""
@@ -256,7 +267,11 @@ class TechniqueMixin(Strategy):
         if self.world_size > 1:
             positions = [None] * self.world_size
             torch.distributed.all_gather_object(positions, own)
-        checkpoint = {**checkpoint, KEY: {"description": self.describe_run(), "position": positions}}
+        own_states = {type(technique).__name__: technique.state_dict() for technique in self.techniques}
+        checkpoint = {
+            **checkpoint,
+            KEY: {"description": self.describe_run(), "position": positions, "techniques": own_states},
+        }
         if open_batches:
             checkpoint["loops"] = rewind(checkpoint["loops"], done, done - open_batches)
         return checkpoint
@@ -290,8 +305,14 @@ class TechniqueMixin(Strategy):
         check_parameters(path, shapes_of(checkpoint.get("state_dict", {})), self.parameter_shapes())
         own = checkpoint.get(KEY)
         if own is not None and self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            self.restore_position(path, own["description"], own["position"])
+            self.restore_run(path, own)
         return checkpoint
+
+    def restore_run(self, path: Path, own: dict[str, Any]) -> None:
+        """Go on from what the strategy has put into a checkpoint: the position, and the state of every technique."""
+        self.restore_position(path, own["description"], own["position"])
+        self._states = dict(own.get("techniques", {}))
+        self._restore_techniques()
 
     def restore_position(
         self, path: Path, description: dict[str, Any], positions: Sequence[list[dict[str, Any]]]

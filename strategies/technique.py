@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -25,8 +25,9 @@ class Technique:
        once at the end of the fit. A checkpoint's `state_dict`, a validation, and the module that `fit` leaves
        behind therefore hold the weights named, while training goes on from its own to the last bit.
 
-    `detach` undoes `attach` when the run ends. A technique changes no `state_dict` key of the module, and keeps its
-    state where checkpoints find it: in the optimiser's `state`, or in parameters and buffers of the module.
+    `detach` undoes `attach` when the run ends. A technique changes no `state_dict` key of the module. What it keeps
+    between steps lies where checkpoints find it: for each parameter in the optimiser's `state`, where ZeRO divides it,
+    and anything else in `state_dict` of its own, which the strategy saves beside the module's.
     """
 
     def attach(self, module: pl.LightningModule) -> None:
@@ -42,6 +43,13 @@ class Technique:
     def combine(self, outputs: Any, module: pl.LightningModule) -> Any:
         """Return what stands for the result of `training_step`."""
         return outputs
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what it keeps between steps, equal on all processes: tensors and plain data, empty for nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`; called after `attach` when a run is resumed that had such a technique."""
 
     @property
     def evaluates(self) -> str | None:

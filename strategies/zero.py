@@ -366,7 +366,7 @@ class Zero(TechniqueMixin, DeepSpeedStrategy):
                 load_module_strict=self.lightning_module.strict_loading,
             )
         assert client_state is not None
-        self.restore_position(path, description, client_state[KEY]["position"])
+        self.restore_run(path, client_state[KEY])
         self.restore_exchange(description)
         return client_state
 

@@ -19,11 +19,8 @@ from ...errors import InputError
 from ..overrides import Override
 from ..technique import Technique
 from .gradients import cosines
-from .rules import EPS, RULES, Measurement
+from .rules import EPS, MAX_TASKS, RULES, Measurement
 from .state import LossWeights
-
-NAME = "loss_weighting"
-"""Name of the submodule that holds the state."""
 
 CHECK_EVERY = 50
 Gradients = Literal["auto", "features", "parameters"]
@@ -74,8 +71,6 @@ class LossWeighting(Technique):
     Raises:
         InputError: If a rule or value is not allowed.
     """
-
-    state = NAME
 
     def __init__(
         self,
@@ -141,9 +136,6 @@ class LossWeighting(Technique):
                 f"LossWeighting: {kind} back-propagates inside training_step, before its losses could be weighed; "
                 "use automatic_optimization=True."
             )
-        before = getattr(module, NAME, None)
-        if before is not None and not isinstance(before, LossWeights):
-            raise InputError(f"LossWeighting: {kind}.{NAME} is taken; rename that attribute.")
         self._start()
         offers = callable(getattr(module, "task_losses", None))
         self._by_features = self.gradients == "features" or (self.gradients == "auto" and offers)
@@ -152,17 +144,29 @@ class LossWeighting(Technique):
         self._state = LossWeights(RULES[self.rule](**self.options))
         if self._state.rule.uses_gradients:
             self._check_gradients(module, offers)
-        if before is not None and type(before.rule) is type(self._state.rule):
-            self._state.load_state_dict(before.state_dict())  # a second fit goes on
-        setattr(module, NAME, self._state)
         if offers:
             self._override = Override(module, "task_losses", partial(self._record, module, module.task_losses))
 
     def detach(self, module: pl.LightningModule) -> None:
-        # The state stays: a checkpoint may be saved after the run.
         override, self._override = self._override, None
         if override is not None:
             override.undo()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rule": self.rule, "tasks": self._names, "values": self._state.values()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state["rule"] != self.rule:
+            rank_zero_warn(
+                f"LossWeighting({self.rule!r}): the checkpoint was saved with rule={state['rule']!r}; "
+                "this one starts anew."
+            )
+            return
+        if self.tasks is not None and state["tasks"] and state["tasks"] != self.tasks:
+            raise InputError(f"LossWeighting(tasks={self.tasks}): the checkpoint has {state['tasks']}; give these.")
+        if state["tasks"]:
+            self._bind(state["tasks"])
+        self._state.load_state_dict(state["values"])
 
     def combine(self, outputs: Any, module: pl.LightningModule) -> Any:
         trainer = module._trainer
@@ -172,7 +176,7 @@ class LossWeighting(Technique):
         losses = _task_losses(outputs, calls, module)
         whole = outputs["loss"] if isinstance(outputs, Mapping) else outputs
         with torch.autocast(whole.device.type, enabled=False):
-            self._agree(losses)
+            self._agree(losses, whole.device)
             self._batches += 1
             if trainer is not None and trainer.accumulate_grad_batches > 1:
                 self._state.open_window()
@@ -193,20 +197,24 @@ class LossWeighting(Technique):
 
     # Measuring
 
-    def _agree(self, losses: Mapping[str, Tensor]) -> None:
-        """Find the names of the tasks, and their order, the same on all processes."""
+    def _bind(self, names: list[str]) -> None:
+        """Give the tasks their order."""
+        if len(names) > MAX_TASKS:
+            raise InputError(f"LossWeighting: {len(names)} tasks; use {MAX_TASKS} or fewer.")
+        self._state.rule.bind(names)
+        self._names = names
+
+    def _agree(self, losses: Mapping[str, Tensor], device: torch.device) -> None:
+        """Find the names of the tasks, and their order, the same on all processes; put the state on the device."""
+        if self._state.weights.device != device:
+            self._state.to(device)
         if not self._names:
-            names = self._state.read_names()
-            if names and self.tasks is not None and names != self.tasks:
-                raise InputError(f"LossWeighting(tasks={self.tasks}): the checkpoint has {names}; give these.")
-            names = names or self.tasks or list(losses)
+            names = self.tasks or list(losses)
             if _world() > 1:
                 gathered: list[Any] = [None] * _world()
                 dist.all_gather_object(gathered, names)
                 names = list(dict.fromkeys(name for own in gathered for name in own))
-            self._state.write_names(names)
-            self._state.rule.bind(names)
-            self._names = names
+            self._bind(names)
         if unknown := [name for name in losses if name not in self._names]:
             raise InputError(
                 f"LossWeighting: the task {unknown[0]!r} is not among {self._names}, which came first; "
@@ -327,7 +335,7 @@ class LossWeighting(Technique):
             with torch.random.fork_rng([features.device] if features.is_cuda else []):
                 copy = features.detach().requires_grad_()
                 losses = run(copy)
-                self._agree(losses)
+                self._agree(losses, features.device)
                 # Also for a task that is missing here: every process gathers the head for every task.
                 name = self._names[index]
                 loss = losses[name] if name in losses else 0.0 * torch.stack(list(losses.values())).sum()

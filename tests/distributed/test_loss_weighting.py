@@ -112,12 +112,12 @@ class Offering(Tasks):
 class Watch(pl.Callback):
     """Notes the weights of every batch, and saves in mid-run if asked to."""
 
-    def __init__(self, save: str | None, save_at: int | None) -> None:
-        self.save, self.save_at = save, save_at
+    def __init__(self, technique: LossWeighting, save: str | None, save_at: int | None) -> None:
+        self.technique, self.save, self.save_at = technique, save, save_at
         self.weights: list[list[float]] = []
 
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
-        self.weights.append(module.loss_weighting.weights[: len(TASKS)].tolist())
+        self.weights.append(self.technique._state.weights[: len(TASKS)].tolist())
         if len(self.weights) == self.save_at:
             trainer.save_checkpoint(self.save)
 
@@ -144,7 +144,7 @@ def train(
     technique = LossWeighting(rule, **options)
     # Gathered parameters of the small head would otherwise stay: this is stage 3 as large heads see it.
     extra = {"config": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}} if base == "zero_3" else {}
-    watch = Watch(save, save_at)
+    watch = Watch(technique, save, save_at)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=WORLD,
@@ -172,7 +172,7 @@ def train(
         implementation._sum = whole
     if save is not None and save_at is None:
         trainer.save_checkpoint(save)
-    state = {name: buffer.tolist() for name, buffer in model.loss_weighting.named_buffers()}
+    state = {name: buffer.tolist() for name, buffer in technique._state.named_buffers()}
     return {"alphas": np.array(watch.weights), "weights": full_weights(model), "state": state}
 
 
