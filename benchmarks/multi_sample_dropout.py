@@ -14,19 +14,17 @@ pictures take less than 10 minutes of one core.
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import statistics
 import time
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from common import in_turn, median_and_spread, report
+from pictures import cifar10
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -51,19 +49,9 @@ DIM, LAYERS, TOKENS, CLASSES = 384, 6, 128, 13
 
 def pictures(folder: Path) -> tuple[Tensor, Tensor]:
     """All pictures `(N, 3, 32, 32)`, standardised, and their classes `(N,)`, in an order that is drawn once."""
-    from PIL import Image
-
-    images, names = [], []
-    for part in ("train", "dev"):
-        with zipfile.ZipFile(folder / "cifar10" / f"cifar10_{part}.zip") as archive:
-            for name in sorted(archive.namelist()):
-                images.append(np.asarray(Image.open(io.BytesIO(archive.read(name))).convert("RGB")))
-                names.append(name.split("/")[0])
-    classes = sorted(set(names))
-    x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
+    x, labels = cifar10(folder)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     x = (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True)
-    labels = torch.tensor([classes.index(name) for name in names])
     return x[order].contiguous(memory_format=torch.channels_last), labels[order]
 
 
@@ -250,6 +238,7 @@ def main() -> None:
         minutes = (time.process_time() - start) / 60
         note = (
             f"CIFAR-10, {TRAIN} pictures, {arguments.epochs} epochs, {arguments.seeds} seeds, Adam {RATE:g}, p {P}, "
+            f"label smoothing {arguments.label_smoothing:g}, "
             f"{minutes:.0f} minutes of one core"
         )
         report(f"Multi-sample dropout: {note}", summary(curves), arguments.json)
