@@ -41,8 +41,8 @@ def multi_sample_dropout(
         features: What the head takes, `(B, ...)`.
         num_samples: M.
         p: Share of the features to drop, from 0 to below 1.
-        generator: Source of the masks, 16 random bits for each feature: on a CPU some ten times as fast as dropout. None:
-            torch's own, the masks that as many calls of `dropout` would draw.
+        generator: Source of the masks, 16 random bits a feature, on a CPU some ten times as fast as dropout. None:
+            torch's own, and the masks that as many calls of `dropout` would draw.
 
     Returns:
         The samples one after another, folded into the batch, `(M * B, ...)`.
