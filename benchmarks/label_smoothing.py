@@ -4,29 +4,29 @@ Each seed draws 500 of the 2,300 pictures of the CIFAR-10 sample, trains a small
 and without smoothing from the same start on the same batches, and tests both with the plain loss on 1,000 others. So it
 does with the pictures as they are, which the network comes to know by heart, and with pictures shifted and mirrored
 anew each time. The spread given is the standard error over seeds; in each third line, of the differences within seeds.
+The plot has loss and error by epoch; its losses are plain in training as well, since smoothed ones do not compare.
 
 The expected calibration error is the mean distance of confidence and accuracy in bins of confidence; `scaled` is the
 loss after dividing the scores by the one temperature that suits the test pictures best, which leaves of calibration
 what no single number can mend.
 
-    KEXUE_DATA=FOLDER python benchmarks/label_smoothing.py [--json FILE] [--plot FILE] [--seeds 4] [--epochs 40]
+    KEXUE_DATA=FOLDER python benchmarks/label_smoothing.py [--json FILE] [--plot FILE] [--seeds 3] [--epochs 32]
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import math
 import os
 import statistics
 import sys
-import zipfile
+import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from common import report
+from pictures import cifar10
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,25 +34,17 @@ from kexue.nn.losses import smoothed_cross_entropy, smoothing_floor
 from kexue.nn.residual import ResidualNetwork
 
 CLASSES, TRAIN, TEST, BATCH, RATE, BINS = 10, 500, 1000, 25, 0.1, 15
+EVERY = 4  # epochs between two tests
 SMOOTHINGS = (0.0, 0.1)
 KINDS = [(augment, smoothing) for augment in (False, True) for smoothing in SMOOTHINGS]
-Tested = dict[tuple[bool, float], tuple[Tensor, Tensor]]
-
-
-def pictures(root: Path) -> tuple[Tensor, Tensor]:
-    """Pictures `(N, 3, 32, 32)` in -1..1 and classes `(N,)`."""
-    from PIL import Image
-
-    images, names = [], []
-    for part in ("train", "dev"):
-        with zipfile.ZipFile(root / "cifar10" / f"cifar10_{part}.zip") as archive:
-            for name in sorted(archive.namelist()):
-                if name.endswith(".jpg"):
-                    images.append(np.asarray(Image.open(io.BytesIO(archive.read(name))).convert("RGB")))
-                    names.append(name.split("/")[-2])
-    classes = sorted(set(names))
-    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
-    return pixels / 127.5 - 1, torch.tensor([classes.index(name) for name in names])
+CURVES = {
+    "training": "Training loss, plain, of the epoch",
+    "loss": "Test loss, plain",
+    "error": "Test error (%)",
+}
+Kind = tuple[bool, float]
+Tested = dict[Kind, tuple[Tensor, Tensor]]
+Curves = dict[Kind, list[dict[str, list[float]]]]
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -66,7 +58,12 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     return padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def train(images: Tensor, classes: Tensor, smoothing: float, augment: bool, seed: int, epochs: int) -> nn.Module:
+def train(
+    training: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], kind: Kind, seed: int, epochs: int
+) -> tuple[nn.Module, dict[str, list[float]]]:
+    """A trained network; the plain loss of each epoch, and loss and error on the test pictures of some."""
+    augment, smoothing = kind
+    images, classes = training
     torch.manual_seed(seed)
     body = ResidualNetwork(3, 16, 1)
     net = nn.Sequential(body, nn.Linear(body.dim, CLASSES))
@@ -74,15 +71,24 @@ def train(images: Tensor, classes: Tensor, smoothing: float, augment: bool, seed
     optimizer = torch.optim.SGD(net.parameters(), lr=RATE, momentum=0.9, nesterov=True)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
+    curves: dict[str, list[float]] = {key: [] for key in CURVES}
+    for epoch in range(1, epochs + 1):
+        losses = []
         for rows in torch.randperm(len(images), generator=generator).split(BATCH):
             batch = augmented(images[rows], generator) if augment else images[rows]
-            loss = smoothed_cross_entropy(net(batch), classes[rows], smoothing)
+            scores = net(batch)
+            loss = smoothed_cross_entropy(scores, classes[rows], smoothing)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             scheduler.step()
-    return net.eval()
+            losses.append(float(F.cross_entropy(scores.detach(), classes[rows])))
+        curves["training"].append(statistics.fmean(losses))
+        if epoch % EVERY == 0:
+            scores = scores_of(net, test[0])
+            curves["loss"].append(float(F.cross_entropy(scores, test[1])))
+            curves["error"].append(100 * float((scores.argmax(1) != test[1]).double().mean()))
+    return net.eval(), curves
 
 
 @torch.no_grad()
@@ -114,23 +120,26 @@ def measure(net: nn.Module, images: Tensor, classes: Tensor) -> dict[str, float]
     }
 
 
-def run(images: Tensor, classes: Tensor, seeds: int, epochs: int) -> tuple[list[dict[str, Any]], Tested]:
-    """A row for each run, and the test scores and classes of all seeds."""
+def run(images: Tensor, classes: Tensor, seeds: int, epochs: int) -> tuple[list[dict[str, Any]], Tested, Curves]:
+    """A row for each run, the test scores and classes of all seeds, and what happened by epoch."""
     rows: list[dict[str, Any]] = []
-    parts: dict[tuple[bool, float], list[tuple[Tensor, Tensor]]] = {kind: [] for kind in KINDS}
+    parts: dict[Kind, list[tuple[Tensor, Tensor]]] = {kind: [] for kind in KINDS}
+    curves: Curves = {kind: [] for kind in KINDS}
     for seed in range(seeds):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-        test, training = order[:TEST], order[TEST : TEST + TRAIN]
-        for augment, smoothing in KINDS:
-            net = train(images[training], classes[training], smoothing, augment, seed, epochs)
-            at_training = measure(net, images[training], classes[training])
-            row: dict[str, Any] = {"augmented": augment, "smoothing": smoothing, "seed": seed}
-            row |= measure(net, images[test], classes[test])
+        test, training = ((images[part], classes[part]) for part in (order[:TEST], order[TEST : TEST + TRAIN]))
+        for kind in KINDS:
+            net, found = train(training, test, kind, seed, epochs)
+            at_training = measure(net, *training)
+            row: dict[str, Any] = {"augmented": kind[0], "smoothing": kind[1], "seed": seed}
+            row |= measure(net, *test)
             row |= {"training error": at_training["error"], "training confidence": at_training["confidence"]}
             rows.append(row)
-            parts[augment, smoothing].append((scores_of(net, images[test]), classes[test]))
+            parts[kind].append((scores_of(net, test[0]), test[1]))
+            curves[kind].append(found)
             print(" ".join(f"{key}={value:.4g}" for key, value in row.items()), file=sys.stderr, flush=True)
-    return rows, {kind: (torch.cat([p[0] for p in ps]), torch.cat([p[1] for p in ps])) for kind, ps in parts.items()}
+    tested = {kind: (torch.cat([p[0] for p in ps]), torch.cat([p[1] for p in ps])) for kind, ps in parts.items()}
+    return rows, tested, curves
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -155,48 +164,59 @@ def _mean_and_error(values: list[float]) -> str:
     return f"{statistics.fmean(values):.3f} ± {error:.3f}"
 
 
-def draw(path: str, rows: list[dict[str, Any]], tested: Tested) -> None:
-    """Accuracy against confidence, and what each seed gave."""
+def draw(path: str, tested: Tested, curves: Curves, note: str) -> None:
+    """Loss and error by epoch, means over seeds in bands from the smallest to the largest; accuracy by confidence."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
-    left.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
+    figure, panels = plt.subplots(1, 4, figsize=(19, 4.4), layout="constrained")
+    panels[3].plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
     for augment, smoothing in KINDS:
         style: dict[str, Any] = {
             "color": "tab:blue" if smoothing else "tab:orange",
-            "linestyle": ":" if augment else "-",
-            "marker": "o",
-            "label": f"smoothing {smoothing}" + (", augmented" if augment else ""),
+            "linestyle": "--" if augment else "-",
+            "label": f"smoothing {smoothing:g}" + (", augmented" if augment else ""),
         }
+        for panel, key in zip(panels[:3], CURVES, strict=True):
+            by_epoch = list(zip(*(found[key] for found in curves[augment, smoothing]), strict=True))
+            step = 1 if key == "training" else EVERY
+            epochs = range(step, step * len(by_epoch) + 1, step)
+            panel.plot(epochs, [statistics.fmean(values) for values in by_epoch], **style)
+            low, high = ([end(values) for values in by_epoch] for end in (min, max))
+            panel.fill_between(epochs, low, high, color=style["color"], alpha=0.1, linewidth=0)
         bins = reliability(*tested[augment, smoothing])
-        left.plot([b[1] for b in bins], [b[2] for b in bins], **style)
-        for axes, key in ((middle, "error"), (right, "loss")):
-            values = [row[key] for row in of_kind(rows, (augment, smoothing))]
-            axes.plot(values, **style)
-            axes.set(xlabel="seed", xticks=range(len(values)), title=f"Test {key}", ylim=(0, None))
-    left.set(xlabel="confidence", ylabel="accuracy", title="Test pictures of all seeds, by confidence")
-    for axes in (left, middle, right):
-        axes.grid(alpha=0.3)
-    left.legend()
-    figure.savefig(path, dpi=110)
+        panels[3].plot([b[1] for b in bins], [b[2] for b in bins], marker=".", **style)
+    for panel, title in zip(panels, (*CURVES.values(), "Test pictures of all seeds, by confidence"), strict=True):
+        panel.set(xlabel="epoch", title=title)
+        panel.grid(alpha=0.3)
+    panels[3].set(xlabel="confidence", ylabel="accuracy")
+    panels[0].legend()
+    figure.suptitle(note, fontsize=10)
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json")
     parser.add_argument("--plot")
-    parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=32)
     arguments = parser.parse_args()
     root = os.environ.get("KEXUE_DATA") or parser.error("set KEXUE_DATA to the folder of the data sets")
-    rows, tested = run(*pictures(Path(root)), arguments.seeds, arguments.epochs)
-    name = f"Label smoothing: {arguments.seeds} seeds, floor of the smoothed loss {smoothing_floor(CLASSES):.3f}"
-    report(name, summary(rows), arguments.json)
+    pixels, classes = cifar10(Path(root))
+    start = time.process_time()
+    pixels = (pixels / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+    rows, tested, curves = run(pixels, classes, arguments.seeds, arguments.epochs)
+    minutes = (time.process_time() - start) / 60
+    note = (
+        f"CIFAR-10, {TRAIN} pictures, {arguments.epochs} epochs, {arguments.seeds} seeds, "
+        f"floor of the smoothed loss {smoothing_floor(CLASSES):.3f}, {minutes:.0f} minutes of one core"
+    )
+    report(f"Label smoothing: {note}", summary(rows), arguments.json)
     if arguments.plot:
-        draw(arguments.plot, rows, tested)
+        draw(arguments.plot, tested, curves, f"{note}; bands: smallest to largest over the seeds")
 
 
 if __name__ == "__main__":

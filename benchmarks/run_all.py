@@ -33,10 +33,18 @@ SCRIPTS = {
 }
 LONG = {
     "gplinker_duee": ["gplinker_duee"],
-    "multi_sample_dropout": ["multi_sample_dropout", "--part", "pictures"],
+    "multi_sample_dropout": ["multi_sample_dropout", "--plot", "docs/multi_sample_dropout.png"],
+    "multi_sample_dropout_smoothed": [
+        "multi_sample_dropout",
+        "--label-smoothing",
+        "0.1",
+        "--plot",
+        "docs/multi_sample_dropout_smoothed.png",
+    ],
+    "label_smoothing": ["label_smoothing", "--plot", "docs/label_smoothing.png"],
     "deepnorm_depth": ["deepnorm_depth", "--plot", "docs/deepnorm_update.png"],
 }
-NEED_DATA = ("packing", "gplinker_duee", "multi_sample_dropout")
+NEED_DATA = ("packing", "gplinker_duee", "multi_sample_dropout", "multi_sample_dropout_smoothed", "label_smoothing")
 REMARKS = {
     "gplinker_duee": "Trained from scratch on 892 rows, 70 epochs, seed 42, two threads on two free cores.",
 }

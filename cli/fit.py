@@ -8,7 +8,7 @@ usage: kexue fit [experiment=NAME] [GROUP=NAME ...] [KEY=VALUE ...]
   kexue fit debug=fast                            a few batches of everything
   kexue fit run_dir=FOLDER                        continues the run in FOLDER if there is one
 
-groups: experiment, model, data, trainer, strategy, technique, callbacks, logger, debug
+groups: experiment, model, loss, data, trainer, strategy, technique, callbacks, logger, debug
 keys:   run_dir=FOLDER     default runs/NAME/JOB: the cluster's job id, or the clock
         resume=auto        continue from the newest complete checkpoint of run_dir; null: never; PATH: from that one
         trainer.KEY=VALUE  any argument of Lightning's Trainer, and so on for every group

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -41,7 +41,8 @@ def multi_sample_dropout(
         features: What the head takes, `(B, ...)`.
         num_samples: M.
         p: Share of the features to drop, from 0 to below 1.
-        generator: Source of the masks; None: torch's own.
+        generator: Source of the masks, 16 random bits a feature, on a CPU some ten times as fast as dropout. None:
+            torch's own, and the masks that as many calls of `dropout` would draw.
 
     Returns:
         The samples one after another, folded into the batch, `(M * B, ...)`.
@@ -50,9 +51,22 @@ def multi_sample_dropout(
         ValueError: If `num_samples` or `p` is out of range.
     """
     _check("multi_sample_dropout", num_samples, p)
-    kept = torch.empty((num_samples, *features.shape), dtype=torch.bool, device=features.device)
-    kept.bernoulli_(1 - p, generator=generator)
-    return (features * (1 / (1 - p)) * kept).flatten(0, 1)
+    shape = (num_samples, *features.shape)
+    if generator is None:
+        kept, share = torch.empty(shape, dtype=torch.bool, device=features.device).bernoulli_(1 - p), 1 - p
+    else:
+        kept, share = _keep(shape, p, generator)
+    return (features * (1 / share) * kept).flatten(0, 1)
+
+
+def _keep(shape: Sequence[int], p: float, generator: torch.Generator) -> tuple[Tensor, float]:
+    """Which features stay, and the exact share that does on average: a multiple of 2 ** -16."""
+    count = max(1, round((1 - p) * 2**16))
+    size = math.prod(shape)
+    words = torch.empty(-(-size // 4), dtype=torch.int64, device=generator.device)
+    words.random_(-(2**63), None, generator=generator)  # all 64 bits
+    kept = words.view(torch.int16)[:size] <= count - 2**15 - 1
+    return kept.view(shape), count / 2**16
 
 
 def multi_sample_loss(

@@ -7,7 +7,7 @@ Source: https://kexue.fm/archives/8926.  Checked against: the formulas of the ar
 Expected: see conf/model/gplinker_event.yaml.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -20,7 +20,7 @@ from ...errors import InputError
 from ...nn.decoding import EventScores, decode_event_batch
 from ...nn.decoding.events import Span
 from ...nn.heads import EfficientGlobalPointer, FactoredScores, GlobalPointer
-from ...nn.losses import multilabel_pointer_loss
+from ...nn.losses import SpanLoss, multilabel_pointer_loss
 from ...nn.optim import OptimizerFactory
 from ...nn.transformer import Transformer, TransformerConfig, encode
 from ...nn.transformer.config import Norm, Positions
@@ -69,6 +69,8 @@ class EventGPLinker(pl.LightningModule):
         warmup_steps: steps over which the learning rate rises to its full value.
         schedule: what it does afterwards: "constant", or "linear" down to 0 at the trainer's last step.
         optimizer: how to make the optimizer; AdamW with learning rate 5e-4 when None. Not saved in checkpoints.
+        loss: what the pointers train on, with a method `spans`; the multi-label loss when None, and for validation in
+            any case. Not saved in checkpoints.
 
     Raises:
         InputError: a value out of range; labels that are empty, repeated or not pairs.
@@ -97,6 +99,7 @@ class EventGPLinker(pl.LightningModule):
         schedule: Schedule = "constant",
         *,
         optimizer: OptimizerFactory | None = None,
+        loss: SpanLoss | None = None,
     ) -> None:
         super().__init__()
         self.labels = check_labels(labels)
@@ -104,7 +107,13 @@ class EventGPLinker(pl.LightningModule):
             raise InputError(f"EventGPLinker(head={head!r}): use one of {', '.join(HEADS)}")
         if schedule not in get_args(Schedule):
             raise InputError(f"EventGPLinker(schedule={schedule!r}): use one of {', '.join(get_args(Schedule))}")
-        self.save_hyperparameters(ignore=["optimizer"])
+        if loss is not None and not hasattr(loss, "spans"):
+            raise InputError(
+                f"EventGPLinker(loss={type(loss).__name__}): it is for one class an item, here any number of spans is "
+                "right; use loss=label_smoothing, or none."
+            )
+        self.save_hyperparameters(ignore=["optimizer", "loss"])
+        self._loss = multilabel_pointer_loss if loss is None else loss.spans
         self.head_size = head_size
         self.head_kind: HeadKind = head
         self.config = TransformerConfig(
@@ -144,7 +153,7 @@ class EventGPLinker(pl.LightningModule):
 
     def task_losses(self, features: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Loss of each pointer, given the encoder's output `(B, T, D)`."""
-        return self._losses(self.head(features, batch["mask"]), batch)
+        return self._losses(self.head(features, batch["mask"]), batch, self._loss)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         losses = self.task_losses(encode(self.encoder, batch), batch)
@@ -203,9 +212,14 @@ class EventGPLinker(pl.LightningModule):
         # Every rank has the same figures already; sync_dist only tells Lightning so.
         self.log_dict({f"{stage}/{name}": value for name, value in self.scores.compute().items()}, sync_dist=True)
 
-    def _losses(self, scores: dict[str, Scores], batch: dict[str, Any]) -> dict[str, Tensor]:
+    def _losses(
+        self,
+        scores: dict[str, Scores],
+        batch: dict[str, Any],
+        loss: Callable[[Scores, Tensor], Tensor] = multilabel_pointer_loss,
+    ) -> dict[str, Tensor]:
         labels = {"arguments": "argument_labels", "heads": "head_labels", "tails": "tail_labels"}
-        return {name: multilabel_pointer_loss(scores[name], batch[key]) for name, key in labels.items()}
+        return {name: loss(scores[name], batch[key]) for name, key in labels.items()}
 
     def _extract(self, scores: dict[str, Scores], batch: dict[str, Any]) -> list[EventRecord]:
         places = torch.zeros_like(batch["mask"], dtype=torch.bool)

@@ -18,9 +18,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import InputError
+from ..heads.scores import FactoredScores
+from .multilabel import multilabel_pointer_loss
 from .ranks import sum_over_ranks
 
 Convention = Literal["all", "others"]
@@ -74,6 +76,7 @@ def smoothed_cross_entropy(
         raise InputError(f"{call}: use convention='all' or 'others'.")
     if convention == "others" and (soft or prior is not None):
         raise InputError(f"{call}: 'others' is for class numbers and an even spread; use convention='all'.")
+    _check_length(call, scores.shape[-1], prior=prior, weight=weight)
     dtype = torch.promote_types(scores.dtype, torch.float32)
     weight, prior = (_vector(values, scores, dtype) for values in (weight, prior))
 
@@ -131,12 +134,80 @@ def smoothed_binary_cross_entropy(
         raise InputError(f"{call}: use a smoothing from 0 to 1.")
     if target.shape != scores.shape:
         raise InputError(f"{call}: scores {tuple(scores.shape)} and target {tuple(target.shape)} must be the same.")
+    _check_length(call, scores.shape[-1], prior=prior, weight=weight)
     dtype = torch.promote_types(scores.dtype, torch.float32)
     weight, prior = (_vector(values, scores, dtype) for values in (weight, prior))
     valid = target != ignore_index
     smoothed = (1 - smoothing) * target.to(dtype).masked_fill(~valid, 0) + smoothing * (0.5 if prior is None else prior)
     losses = F.binary_cross_entropy_with_logits(scores.to(dtype), smoothed, weight, reduction="none")
     return _reduce(call, losses.masked_fill(~valid, 0), valid.to(dtype), reduction, over_ranks)
+
+
+class LabelSmoothing(nn.Module):
+    """Smoothed labels for one class an item, or for any number of spans. Card: docs/cards/label_smoothing.md.
+
+    Args:
+        smoothing: Mass that is spread, 0 to 1.
+        convention: See `smoothed_cross_entropy`.
+        prior: Probability of each class that the mass is spread by instead of evenly.
+        weight: Weight of each class.
+        ignore_index: Class number of items that count for nothing.
+        over_ranks: Take the mean over the items of all processes.
+
+    Raises:
+        InputError: If `smoothing` or a number of `prior` or `weight` is out of range, or arguments exclude each other.
+    """
+
+    def __init__(
+        self,
+        smoothing: float = 0.1,
+        *,
+        convention: Convention = "all",
+        prior: Sequence[float] | None = None,
+        weight: Sequence[float] | None = None,
+        ignore_index: int = -100,
+        over_ranks: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= smoothing <= 1.0:
+            raise InputError(f"LabelSmoothing(smoothing={smoothing}): use a number from 0 to 1.")
+        if convention == "others" and prior is not None:
+            raise InputError("LabelSmoothing(convention='others', prior=...): a prior is for convention='all'.")
+        for name, values in (("prior", prior), ("weight", weight)):
+            if values is not None and not (min(values) >= 0 and sum(values) > 0):
+                raise InputError(f"LabelSmoothing({name}={list(values)}): use numbers from 0 up, not all 0.")
+        self.smoothing = smoothing
+        self.convention: Convention = convention
+        self.prior = prior
+        self.weight = weight
+        self.ignore_index = ignore_index
+        self.over_ranks = over_ranks
+
+    def forward(self, scores: Tensor, target: Tensor) -> Tensor:
+        """Map scores `(..., C)` and class numbers `(...)` to the loss, see `smoothed_cross_entropy`."""
+        return smoothed_cross_entropy(
+            scores,
+            target,
+            self.smoothing,
+            convention=self.convention,
+            prior=self.prior,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            over_ranks=self.over_ranks,
+        )
+
+    def spans(self, scores: Tensor | FactoredScores, labels: Tensor) -> Tensor:
+        """Map span scores `(B, H, T, T)` and listed spans `(B, P, 3)` to the loss, see `multilabel_pointer_loss`."""
+        if self.prior is not None or self.weight is not None or self.convention != "all" or self.over_ranks:
+            raise InputError(
+                f"LabelSmoothing({self.extra_repr()}): spans take smoothing alone; leave convention, prior, weight and "
+                "over_ranks out."
+            )
+        return multilabel_pointer_loss(scores, labels, self.smoothing)
+
+    def extra_repr(self) -> str:
+        """What was given."""
+        return f"smoothing={self.smoothing}, convention={self.convention!r}, prior={self.prior}, weight={self.weight}"
 
 
 def smoothing_floor(num_classes: int, smoothing: float = 0.1, convention: Convention = "all") -> float:
@@ -148,6 +219,12 @@ def smoothing_floor(num_classes: int, smoothing: float = 0.1, convention: Conven
     other = smoothing / (num_classes if convention == "all" else num_classes - 1)
     true = 1 - (num_classes - 1) * other
     return -sum(count * p * math.log(p) for count, p in ((1, true), (num_classes - 1, other)) if p > 0)
+
+
+def _check_length(call: str, classes: int, **vectors: Tensor | Sequence[float] | None) -> None:
+    for name, values in vectors.items():
+        if values is not None and len(values) != classes:
+            raise InputError(f"{call}: {name} has {len(values)} numbers for {classes} classes; give one for each.")
 
 
 def _vector(values: Tensor | Sequence[float] | None, like: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -7,16 +7,20 @@ The usual sparse form subtracts the positives from a sum over all cells; once th
 rounding, and the loss keeps a floor of about (largest score - 16) or turns negative.  Here the positives are taken out
 of the negatives before the sum, so the value is exact, at less memory.
 
-Source: https://kexue.fm/archives/7359 (the loss), https://kexue.fm/archives/8888 (its sparse form).
+Source: https://kexue.fm/archives/7359 (the loss), https://kexue.fm/archives/8888 (its sparse form),
+https://kexue.fm/archives/9064 (its form for soft labels, of which smoothed ones are a case).
 """
+
+import math
 
 import torch
 from torch import Tensor
 
+from ...errors import InputError
 from ..heads.scores import FactoredScores
 
 
-def multilabel_pointer_loss(scores: Tensor | FactoredScores, labels: Tensor) -> Tensor:
+def multilabel_pointer_loss(scores: Tensor | FactoredScores, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """Loss of span scores against a list of positive cells: summed over heads, averaged over the batch.
 
     Heads without a positive are nearly all of them, and need no more than the sum over their cells; the few matrices
@@ -25,10 +29,18 @@ def multilabel_pointer_loss(scores: Tensor | FactoredScores, labels: Tensor) -> 
     Args:
         scores: `(B, H, T, T)`, in full or factored; half precision is taken to float32 first.
         labels: rows (head, i, j), `(B, P, 3)` integer; padding rows are -1 throughout. Repeated rows count once.
+        smoothing: From 0 to below 0.5. Listed cells are positive to the share 1 - smoothing only, so that they stop at
+            a score of `log((1 - smoothing) / smoothing) / 2`. The others, tens of thousands for each of these, stay 0:
+            mass on them would outweigh the positives.
 
     Returns:
         Scalar, 0 or more, float32 (float64 for float64 scores).
+
+    Raises:
+        InputError: `smoothing` is out of range.
     """
+    if not 0.0 <= smoothing < 0.5:
+        raise InputError(f"multilabel_pointer_loss(smoothing={smoothing}): use a number from 0 to below 0.5.")
     batch, heads, length, _ = scores.shape
     dtype = scores.dtype if isinstance(scores, Tensor) else scores.start.dtype
     scores = scores.to(torch.promote_types(dtype, torch.float32))
@@ -39,10 +51,10 @@ def multilabel_pointer_loss(scores: Tensor | FactoredScores, labels: Tensor) -> 
         everywhere, chosen_scores = scores.flatten(2).logsumexp(-1), scores[rows, chosen]
 
     chosen_scores = chosen_scores.flatten(1)
-    is_positive = torch.zeros_like(chosen_scores, dtype=torch.bool)
-    is_positive[matrix, cell] = True
-    negatives = chosen_scores.masked_fill(is_positive, torch.finfo(chosen_scores.dtype).min).logsumexp(-1)
-    positives = _log_one_plus_groups(-chosen_scores[matrix, cell], matrix, len(rows))
+    own = chosen_scores[matrix, cell]
+    left = own + math.log(smoothing) if smoothing else torch.full_like(own, torch.finfo(own.dtype).min)
+    negatives = chosen_scores.index_put((matrix, cell), left).logsumexp(-1)
+    positives = _log_one_plus_groups(math.log1p(-smoothing) - own, matrix, len(rows))
     is_chosen = torch.zeros_like(everywhere, dtype=torch.bool)
     is_chosen[rows, chosen] = True
     silent = _log_one_plus(everywhere).masked_fill(is_chosen, 0).sum()
@@ -50,12 +62,12 @@ def multilabel_pointer_loss(scores: Tensor | FactoredScores, labels: Tensor) -> 
 
 
 def dense_multilabel_pointer_loss(scores: Tensor, targets: Tensor) -> Tensor:
-    """The same loss from 0/1 targets, both `(B, H, T, T)`, as the formula stands: the form to check against."""
+    """The same loss from targets between 0 and 1, `(B, H, T, T)`, as the formula stands: the form to check against."""
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).flatten(2)
-    targets = targets.flatten(2).bool()
+    targets = targets.flatten(2).to(scores.dtype)
     zero = scores.new_zeros(*scores.shape[:2], 1)
-    positives = torch.cat((zero, (-scores).masked_fill(~targets, -torch.inf)), -1).logsumexp(-1)
-    negatives = torch.cat((zero, scores.masked_fill(targets, -torch.inf)), -1).logsumexp(-1)
+    positives = torch.cat((zero, targets.log() - scores), -1).logsumexp(-1)
+    negatives = torch.cat((zero, (-targets).log1p() + scores), -1).logsumexp(-1)
     return (positives + negatives).sum(-1).mean()
 
 

@@ -9,10 +9,12 @@ import pytorch_lightning as pl
 import torch
 import yaml
 
+from kexue.cli.targets import build
 from kexue.data.events import EventDataModule
 from kexue.data.records import TRIGGER_ROLE, Argument, Event, EventRecord
 from kexue.errors import InputError
 from kexue.lightning_modules.extraction.gplinker import EventGPLinker, plain_events, without_contained
+from kexue.nn.losses import ExactLoss, multilabel_pointer_loss
 from kexue.nn.transformer import encode
 
 TINY = {"dim": 32, "num_layers": 1, "num_heads": 2, "feedforward_dim": 64, "dropout": 0.0, "head_size": 16}
@@ -98,6 +100,27 @@ def test_task_losses_from_features_are_the_training_losses() -> None:
     losses = module.task_losses(module.encoder(batch["ids"], batch["mask"]), batch)
     assert sorted(losses) == ["arguments", "heads", "tails"]
     assert torch.stack(list(losses.values())).sum() == module.training_step(batch, 0)["loss"]
+
+
+def test_the_pointers_take_a_loss_by_config_and_are_validated_without() -> None:
+    config = yaml.safe_load((Path(__file__).parents[2] / "conf" / "loss" / "label_smoothing.yaml").read_text("utf-8"))
+    source = data()
+    source.setup("fit")
+    plain, smoothed = model(source), model(source, loss=build(config, "model.loss"))
+    assert plain.hparams.keys() == smoothed.hparams.keys()
+    losses, logged = [], []
+    batch = next(iter(source.train_dataloader()))
+    for module in (plain, smoothed):
+        pl.seed_everything(0, verbose=False)
+        module.configure_model()
+        module.log = lambda name, value, **_: logged.append(value.item())  # type: ignore[method-assign]
+        losses.append(module.task_losses(module.encoder(batch["ids"], batch["mask"]), batch))
+        module.validation_step(batch, 0)
+    scores = smoothed(batch["ids"], batch["mask"])["arguments"]
+    expected = multilabel_pointer_loss(scores, batch["argument_labels"], smoothing=0.1)
+    torch.testing.assert_close(losses[1]["arguments"], expected)
+    assert losses[1]["arguments"] != losses[0]["arguments"]
+    assert logged[0] == logged[1]
 
 
 def test_fit_logs_and_resumes_bit_for_bit(tmp_path: Path) -> None:
@@ -204,6 +227,7 @@ def test_wrong_labels_are_explained(labels: list, message: str) -> None:
         ({"head": "big"}, "efficient, standard"),
         ({"schedule": "cosine"}, "constant, linear"),
         ({"dim": 30}, "must divide"),
+        ({"loss": ExactLoss()}, "loss=ExactLoss.*use loss=label_smoothing, or none"),
     ],
 )
 def test_wrong_options_are_explained(options: dict, message: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kexue.errors import InputError
-from kexue.nn.losses import smoothed_binary_cross_entropy, smoothed_cross_entropy, smoothing_floor
+from kexue.nn.losses import LabelSmoothing, smoothed_binary_cross_entropy, smoothed_cross_entropy, smoothing_floor
 
 CLASSES = 7
 
@@ -266,7 +266,29 @@ def test_wrong_input_is_explained() -> None:
         ({"convention": "others", "prior": [1.0] * CLASSES}, "convention='all'"),
         ({"reduction": "avg"}, "mean, sum or none"),
         ({"reduction": "sum", "over_ranks": True}, "is for the mean"),
+        ({"prior": [0.5, 0.5]}, "prior has 2 numbers for 7 classes"),
+        ({"weight": torch.ones(8)}, "weight has 8 numbers for 7 classes"),
     ]
     for arguments, message in wrong:
         with pytest.raises(InputError, match=message):
             smoothed_cross_entropy(**{"scores": scores, "target": target, **arguments})
+    with pytest.raises(InputError, match="weight has 2 numbers for 7 classes"):
+        smoothed_binary_cross_entropy(scores, torch.zeros_like(scores), weight=[1.0, 2.0])
+    options: list[tuple[dict[str, Any], str]] = [
+        ({"smoothing": -0.1}, "from 0 to 1"),
+        ({"prior": [0.5, -0.5]}, "from 0 up"),
+        ({"weight": [0.0, 0.0]}, "not all 0"),
+        ({"convention": "others", "prior": [0.5, 0.5]}, "a prior is for convention='all'"),
+    ]
+    for arguments, message in options:
+        with pytest.raises(InputError, match=message):
+            LabelSmoothing(**arguments)
+
+
+def test_the_object_is_the_function() -> None:
+    scores, target = items(4, 5)
+    target[0] = -100
+    options: dict[str, Any] = {"prior": [0.4, 0.3, 0.1, 0.1, 0.05, 0.05, 0.0], "weight": [1.0, 2, 3, 1, 1, 1, 0]}
+    loss = LabelSmoothing(0.2, **options)
+    assert torch.equal(loss(scores, target), smoothed_cross_entropy(scores, target, 0.2, **options))
+    assert not loss.state_dict()

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from kexue.errors import InputError
 from kexue.nn.heads import FactoredScores
-from kexue.nn.losses import dense_multilabel_pointer_loss, multilabel_pointer_loss
+from kexue.nn.losses import LabelSmoothing, dense_multilabel_pointer_loss, multilabel_pointer_loss
 
 
 def random_labels(shape: tuple[int, ...], count: int) -> tuple[Tensor, Tensor]:
@@ -40,6 +41,35 @@ def test_sparse_equals_dense(dtype: torch.dtype, tolerance: float, scale: float,
     torch.testing.assert_close(sparse, dense, atol=tolerance, rtol=tolerance)
     for found, expected in zip(torch.autograd.grad(sparse, leaves), torch.autograd.grad(dense, leaves), strict=True):
         torch.testing.assert_close(found, expected, atol=10 * tolerance, rtol=10 * tolerance)
+
+
+@pytest.mark.parametrize("smoothing", [0.01, 0.1, 0.4])
+@pytest.mark.parametrize("factored", [False, True])
+def test_smoothed_equals_the_formula_for_soft_labels(factored: bool, smoothing: float) -> None:
+    torch.manual_seed(0)
+    leaves = [torch.randn(size).double().requires_grad_() for size in ((3, 6, 6), (3, 4, 6), (3, 4, 6))]
+    scores = FactoredScores(*leaves)
+    listed, targets = random_labels((3, 4, 6, 6), 5)
+    found = LabelSmoothing(smoothing).spans(scores if factored else scores.dense(), listed)
+    expected = dense_multilabel_pointer_loss(scores.dense(), (1 - smoothing) * targets.double())
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    for a, b in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_smoothed_positives_stop_at_a_score() -> None:
+    best = math.log(9) / 2
+    scores = torch.full((1, 1, 3, 3), -60.0, dtype=torch.float64)
+    scores[0, 0, 0, 1] = best
+    scores.requires_grad_()
+    labels = torch.tensor([[[0, 0, 1]]])
+    loss = multilabel_pointer_loss(scores, labels, smoothing=0.1)
+    assert loss.item() == pytest.approx(2 * math.log1p(0.3), rel=1e-12)
+    assert torch.autograd.grad(loss, scores)[0].abs().max() < 1e-12
+    with pytest.raises(InputError, match="to below 0"):
+        multilabel_pointer_loss(scores, labels, smoothing=0.5)
+    with pytest.raises(InputError, match="spans take smoothing alone"):
+        LabelSmoothing(0.1, prior=[0.5, 0.5]).spans(scores, labels)
 
 
 @pytest.mark.parametrize("level", [5.0, 16.0, 20.0, 40.0, 80.0])

@@ -1,5 +1,7 @@
 """Lookahead against the rules of two other implementations, written out here, with the difference to each named.
 
+Where the packages are installed, what is written out here is held against them.
+
 pytorch_optimizer 4.1: equal for one process. It copies the weights when it is constructed, so that weights loaded later
 are pulled half-way back, and counts steps per group, which under ZeRO stage 3 are several to a step.
 timm 1.0: copies the weights at the first synchronisation, which is therefore none.
@@ -7,7 +9,9 @@ timm 1.0: copies the weights at the first synchronisation, which is therefore no
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,3 +115,31 @@ def test_timm_is_the_inner_optimizer_for_one_cycle_and_lookahead_from_there(inne
     assert difference(mine, timm_rule(second, INNER[inner](second), range(1, STEPS))) < 1e-14
     third = parameters()
     assert difference(mine, ours(third, INNER[inner](third), range(1, STEPS))) > 1e-3
+
+
+def theirs(package: str) -> Any:
+    """The class of a package; of timm one file alone, since the rest asks for torchvision."""
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        pytest.skip(f"{package} is not installed (pip install --no-deps {package})")
+    if package == "pytorch_optimizer":
+        return importlib.import_module(package).Lookahead
+    file = Path(found.submodule_search_locations[0]) / "optim" / "lookahead.py"
+    spec = importlib.util.spec_from_file_location("timm_lookahead", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Lookahead
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("package", ["pytorch_optimizer", "timm"])
+def test_the_rules_are_those_of_the_packages(package: str, inner: str) -> None:
+    first, second = parameters(), parameters()
+    optimizer = theirs(package)(INNER[inner](first), k=K, alpha=ALPHA)
+    for step in range(1, STEPS):
+        set_gradients(first, step)
+        optimizer.step()
+    rule = pytorch_optimizer_rule if package == "pytorch_optimizer" else timm_rule
+    assert difference([p.detach() for p in first], rule(second, INNER[inner](second), range(1, STEPS))) < 1e-14

@@ -36,12 +36,29 @@ def test_one_call_draws_the_masks_of_as_many_plain_dropouts(shape: tuple[int, ..
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_masks_of_samples_are_independent_and_keep_the_mean(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("own", [False, True])
+def test_masks_of_samples_are_independent_and_keep_the_mean(own: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    kept = (multi_sample_dropout(torch.ones(400, 50, dtype=dtype), 4, 0.3) > 0).double().view(4, -1)
+    generator = torch.Generator().manual_seed(1) if own else None
+    dropped = multi_sample_dropout(torch.ones(400, 50, dtype=dtype), 4, 0.3, generator)
+    kept = (dropped > 0).double().view(4, -1)
     assert kept.mean(1).tolist() == pytest.approx([0.7] * 4, abs=0.02)
     assert (torch.corrcoef(kept) - torch.eye(4)).abs().max() < 0.04
-    assert multi_sample_dropout(torch.ones(400, 50, dtype=dtype), 8, 0.3).dtype == dtype
+    # Nor do neighbours know of each other, which share the words that the bits come from.
+    columns = kept.view(4 * 400, 50)
+    assert (torch.corrcoef(columns.T) - torch.eye(50)).abs().max() < 0.13
+    assert dropped.dtype == dtype
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-9, 0.1, 0.5, 0.75, 1 - 1e-9])
+def test_the_expectation_is_exact_whatever_the_bits_can_say(p: float) -> None:
+    """The share that stays is a multiple of 2 ** -16, and what stays is divided by just that share."""
+    dropped = multi_sample_dropout(torch.ones(7, 9), 3000, p, torch.Generator().manual_seed(0))
+    values = set(dropped.double().unique().tolist())
+    (scale,) = values - {0.0}
+    assert 2**16 / scale == pytest.approx(round(2**16 / scale), rel=1e-6)
+    assert abs(1 / scale - (1 - p)) <= 2**-16
+    assert (0.0 in values) == (1 / scale < 1)
 
 
 @pytest.mark.parametrize("reduction", get_args(Reduction))
