@@ -235,7 +235,7 @@ class Learned(Rule):
         """Take an Adam step against the slope `(T,)`, within the clamp; a missing task stays where it is."""
         # A short memory: slopes are exponential in s, and beside the first ones all later ones would look like nothing.
         slope = torch.where(present, slope, 0.0)
-        memory = torch.where(present, 0.9, 1.0)
+        memory = 1 - 0.1 * present.double()
         self.first.mul_(memory).add_(slope, alpha=0.1)
         self.second.mul_(memory).addcmul_(slope, slope, value=0.1)
         self.steps += present

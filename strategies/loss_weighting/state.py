@@ -29,9 +29,9 @@ class RunningMean(nn.Module):
 
     def forward(self, value: Tensor, present: Tensor) -> Tensor:
         """Return the mean with this value in it where it is present, NaN where nothing ever was."""
-        memory = torch.where(present, self.smoothing, 1.0)
-        self.total.mul_(memory).add_(torch.where(present, value, 0.0), alpha=1 - self.smoothing)
-        self.count.mul_(memory).add_(present, alpha=1 - self.smoothing)
+        fresh = (1 - self.smoothing) * present.double()
+        self.total.mul_(1 - fresh).add_(fresh * torch.where(present, value, 0.0))
+        self.count.mul_(1 - fresh).add_(fresh)
         return self.total / self.count
 
 
