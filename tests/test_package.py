@@ -36,6 +36,7 @@ NEVER = {
     "kexue": "imports within the package are relative",
 }
 IN_FUNCTIONS = {"deepspeed", "wandb", "submitit", "matplotlib", "sklearn", "transformers", "rjieba", "huggingface_hub"}
+IN_FUNCTIONS |= {"torchjd"}
 
 
 def python_files(root: Path) -> list[Path]:

@@ -181,10 +181,12 @@ def gradnorm(s: Tensor, norms: Tensor, rates: Tensor, alpha: float = 1.5) -> Ten
 
     Args:
         s: What is learned.
-        norms: Norms of the gradients `(T,)`.
+        norms: Norms of the gradients `(T,)`; 0 for a task that is missing from the batch.
         rates: `losses / initial losses` `(T,)`; the slower a task learns, the larger.
         alpha: How much more gradient a slower task gets.
     """
+    present = (norms > 0).to(s.dtype)
+    count = present.sum().clamp(min=1)
     weighted = len(s) * s.softmax(0) * norms
-    target = weighted.mean() * (rates / rates.mean()) ** alpha
-    return (weighted - target.detach()).abs().sum()
+    target = weighted.sum() / count * (rates * count / (rates * present).sum()) ** alpha
+    return ((weighted - target.detach()) * present).abs().sum()

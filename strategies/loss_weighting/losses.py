@@ -57,7 +57,7 @@ def real_time(losses: Tensor) -> Tensor:
 
 def inverse_weights(losses: Tensor) -> Tensor:
     """Return `1 / losses`: the weights of `real_time`, or of initial and prior losses if those are given."""
-    return (1 / losses).nan_to_num(nan=0.0)
+    return losses.reciprocal().nan_to_num(nan=0.0)
 
 
 def uncertainty(losses: Tensor, s: Tensor) -> Tensor:

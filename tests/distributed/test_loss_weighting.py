@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from kexue.strategies import LossWeighting
-from kexue.strategies.loss_weighting import technique as implementation
+from kexue.strategies.loss_weighting import processes
 
 pytestmark = pytest.mark.slow
 
@@ -117,7 +117,7 @@ class Watch(pl.Callback):
         self.weights: list[list[float]] = []
 
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
-        self.weights.append(self.technique._state.weights[: len(TASKS)].tolist())
+        self.weights.append(self.technique._state.weights.tolist())
         if len(self.weights) == self.save_at:
             trainer.save_checkpoint(self.save)
 
@@ -163,13 +163,13 @@ def train(
     rows = Rows(24)
     sampler = DistributedSampler(rows, num_replicas=WORLD, rank=RANK, shuffle=False)
     loader = DataLoader(rows, batch_size=4 // WORLD, sampler=sampler)
-    whole = implementation._sum
+    whole = processes.total
     try:
         if local:  # deliberately wrong: every process goes by what it has itself
-            implementation._sum = lambda values: values * WORLD
+            processes.total = lambda values: values * WORLD
         trainer.fit(model, loader, ckpt_path=resume)
     finally:
-        implementation._sum = whole
+        processes.total = whole
     if save is not None and save_at is None:
         trainer.save_checkpoint(save)
     state = {name: buffer.tolist() for name, buffer in technique._state.named_buffers()}

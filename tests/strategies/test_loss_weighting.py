@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from kexue.errors import InputError
 from kexue.strategies import LossWeighting, MultiSampleDropout, RDrop, SingleDevice, load_weights
+from kexue.strategies.loss_weighting import imtl_l, uncertainty
 from kexue.strategies.loss_weighting.rules import RULES, Measurement
 
 REQUIRED: dict[str, dict[str, Any]] = {
@@ -80,7 +81,9 @@ def batches(count: int = 6) -> Tensor:
     return torch.randn(count, 5, 4, generator=torch.Generator().manual_seed(3))
 
 
-def fit(*techniques: Any, model: Any = Two, **options: Any) -> tuple[Any, list[dict[str, float]]]:
+def fit(
+    *techniques: Any, model: Any = Two, ckpt_path: Any = None, **options: Any
+) -> tuple[Any, list[dict[str, float]]]:
     """Train a module, or what `model()` makes once the seed is set."""
     pl.seed_everything(5, verbose=False)
     model, log = model if isinstance(model, nn.Module) else model(), Log()
@@ -97,7 +100,7 @@ def fit(*techniques: Any, model: Any = Two, **options: Any) -> tuple[Any, list[d
             enable_model_summary=False,
             **({"max_epochs": 1, "log_every_n_steps": 1} | options),
         )
-        trainer.fit(model, DataLoader(batches(), batch_size=None))  # type: ignore[arg-type]
+        trainer.fit(model, DataLoader(batches(), batch_size=None), ckpt_path=ckpt_path)  # type: ignore[arg-type]
     return model, log.rows
 
 
@@ -162,7 +165,7 @@ def test_learned_scores_have_their_own_rate_and_no_decay() -> None:
     technique = LossWeighting("uncertainty", lr=0.3)
     _, rows = fit(technique, max_steps=1)
     assert not list(technique._state.parameters())
-    s = technique._state.rule.s[:2]
+    s = technique._state.rule.s
     # exp(s) goes towards the loss: up where that is above 1, down where it is below.
     expected = [0.3 if rows[0][f"train/loss/{name}"] > 1 else -0.3 for name in ("kind", "size")]
     assert s.tolist() == [pytest.approx(value, rel=1e-4) for value in expected]
@@ -177,10 +180,56 @@ def test_learned_scores_are_clamped() -> None:
 def test_scores_settle_at_the_loss() -> None:
     for rule, sign in (("uncertainty", 1), ("imtl_l", -1)):
         learned = RULES[rule](lr=0.05)
+        learned.bind(["kind", "size"])
         losses = torch.tensor([0.1, 7.0], dtype=torch.float64)
         for _ in range(600):
-            learned.weigh(Measurement(losses, torch.empty(0), torch.Generator(), 0))
-        assert torch.allclose(learned.s[:2] * sign, losses.log().float(), atol=0.02)  # type: ignore[index,operator]
+            learned.weigh(Measurement(losses))
+        assert torch.allclose(learned.s * sign, losses.log(), atol=0.02)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(("rule", "objective"), [("uncertainty", uncertainty), ("imtl_l", imtl_l)])
+def test_scores_move_as_torchs_adam_moves_them(rule: str, objective: Any) -> None:
+    learned = RULES[rule](lr=0.05, clamp=100.0)
+    learned.bind(["a", "b", "c"])
+    s = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    adam = torch.optim.Adam([s], lr=0.05, betas=(0.9, 0.9))
+    source = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        losses = torch.rand(3, generator=source, dtype=torch.float64) * 3
+        learned.weigh(Measurement(losses))
+        adam.zero_grad()
+        objective(losses, s).backward()
+        adam.step()
+    assert torch.allclose(learned.s, s, rtol=1e-9)  # type: ignore[arg-type]
+
+
+def test_a_missing_task_keeps_its_score() -> None:
+    for rule in ("uncertainty", "imtl_l", "gradnorm"):
+        learned = RULES[rule]()
+        learned.bind(["kind", "size"])
+        learned.weigh(Measurement(torch.tensor([0.5, 7.0], dtype=torch.float64), torch.eye(2, dtype=torch.float64)))
+        before = {name: buffer.clone() for name, buffer in learned.named_buffers()}
+        gram = torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64))
+        learned.weigh(Measurement(torch.tensor([0.4, torch.nan], dtype=torch.float64), gram))
+        assert all(torch.equal(buffer[1], before[name][1]) for name, buffer in learned.named_buffers()), rule
+        assert learned.steps.tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("rule", ["uncertainty", "mgda"])
+def test_many_tasks(rule: str) -> None:
+    """As many as CelebA has attributes."""
+
+    class Many(Two):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(8, 40)
+
+        def task_losses(self, features: Tensor, batch: Tensor) -> dict[str, Tensor]:
+            errors = (self.head(features) - batch.sum(1, keepdim=True)).square().mean(0)
+            return {f"attribute_{index}": error for index, error in enumerate(errors.unbind())}
+
+    _, rows = fit(LossWeighting(rule), model=Many, max_steps=2)
+    assert sum(name.startswith("train/weight/") for name in rows[1]) == 40
 
 
 def test_dwa_is_equal_for_two_epochs() -> None:
@@ -304,6 +353,30 @@ def test_going_on_without_it_or_by_another_rule_is_explained(techniques: Any, me
     assert trainer.global_step == 12
 
 
+def test_options_are_not_state(tmp_path: Any) -> None:
+    """A resumed run goes by the numbers that it was given, and by the saved names of the tasks in their order."""
+    path = tmp_path / "run.ckpt"
+    names = {"tasks": ["size", "kind"]}
+    for rule, option in (("fixed", "weights"), ("prior", "reference"), ("initial", "reference")):
+        model, _ = fit(LossWeighting(rule, **{option: {"kind": 1.0, "size": 2.0}}))
+        model.trainer.save_checkpoint(path)
+        technique = LossWeighting(rule, **{option: {"kind": 4.0, "size": 8.0}}, **names)
+        _, rows = fit(technique, max_epochs=2, ckpt_path=path)
+        expected = 4.0 if rule == "fixed" else 0.25
+        assert [row["train/weight/kind"] for row in rows] == [expected] * 6
+        assert technique._state.tasks == ["kind", "size"]
+
+
+def test_what_other_options_did_not_keep_starts_anew(tmp_path: Any) -> None:
+    path = tmp_path / "run.ckpt"
+    model, first = fit(LossWeighting("initial", reference_batches=6))
+    model.trainer.save_checkpoint(path)
+    _, rows = fit(LossWeighting("initial", reference_batches=6, smoothing=0.5), max_epochs=2, ckpt_path=path)
+    assert rows[0]["train/weight/size"] == pytest.approx(first[-1]["train/weight/size"], rel=1e-6)
+    _, rows = fit(LossWeighting("initial", reference={"kind": 1.0, "size": 50.0}), max_epochs=2, ckpt_path=path)
+    assert rows[0]["train/weight/size"] == pytest.approx(1 / 50)
+
+
 def test_going_on_with_other_tasks_is_refused(tmp_path: Any) -> None:
     path = tmp_path / "run.ckpt"
     model, _ = fit(LossWeighting("uncertainty"))
@@ -327,10 +400,13 @@ def test_going_on_with_other_tasks_is_refused(tmp_path: Any) -> None:
         ({"rule": "mgda", "every_n_steps": 0}, "use 1 or more"),
         ({"rule": "mgda", "smoothing": 1.0}, "from 0 to below 1"),
         ({"rule": "prior"}, "best constant prediction"),
+        ({"rule": "prior", "reference": {"kind": 1.0, "size": 0.0}}, "use losses above 0"),
         ({"rule": "priority"}, "name the main task"),
         ({"rule": "dwa", "temperature": 0.0}, "above 0"),
         ({"rule": "uncertainty", "lr": 0.0}, "above 0"),
         ({"rule": "cagrad", "c": -1.0}, "0 or more"),
+        ({"rule": "torchjd", "aggregator": "NashMTL"}, "use one of AlignedMTL"),
+        ({"rule": "torchjd", "aggregator_options": {"c": 1.0}}, "unexpected keyword argument"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
@@ -345,7 +421,6 @@ def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
     [
         (LossWeighting("priority", main="class"), Two(), "no such task; use kind, size"),
         (LossWeighting("fixed", weights={"kind": 1.0}), Two(), "give a number for each of kind, size"),
-        (LossWeighting("prior", reference={"kind": 1.0, "size": 0.0}), Two(), "use losses above 0"),
         (LossWeighting("real_time"), Two(sign=-1.0), "the loss of 'size' is -"),
         (LossWeighting("real_time"), Two("vectors"), "is a tensor (3,)"),
         (LossWeighting("real_time"), Two("later"), "tasks=['kind', 'size']"),
