@@ -6,7 +6,9 @@ from .exact_schedule import ExactSchedule, exact_schedule
 from .gradient_normaliser import GradientNormaliser
 from .loggers import CSVMetrics, wandb_logger
 from .memory import MemoryPeak
+from .non_finite import StopOnNonFinite
 from .progress import ProgressBar
+from .stall import StopWhenStalled
 from .throughput import Throughput
 
 __all__ = [
@@ -17,6 +19,8 @@ __all__ = [
     "GradientNormaliser",
     "MemoryPeak",
     "ProgressBar",
+    "StopOnNonFinite",
+    "StopWhenStalled",
     "Throughput",
     "exact_schedule",
     "wandb_logger",

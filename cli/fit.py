@@ -45,6 +45,7 @@ def _fit(config: dict[str, Any], place: Any) -> None:
     from ..strategies.checkpoints import describe
     from . import session
     from .config import CONFIG_FILE
+    from .exhausted import advised
     from .launcher import supervised
     from .ranks import is_main_process, leave_group
     from .report import print_report
@@ -70,7 +71,7 @@ def _fit(config: dict[str, Any], place: Any) -> None:
         loggers=session.make_parts(config, "logger"),
     )
     step_before = describe(place.checkpoint).get("step") if place.checkpoint else None
-    with supervised(trainer):
+    with supervised(trainer), advised(trainer, config):
         trainer.fit(model, datamodule=data, ckpt_path=place.checkpoint)
         metrics = session.numbers(trainer.callback_metrics)
         if trainer.global_step == step_before:

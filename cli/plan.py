@@ -67,8 +67,7 @@ def _plan(config: Mapping[str, Any], devices: int, memory: float, device: str) -
     precision = str(config["trainer"]["precision"])
     if precision not in PRECISIONS:
         raise InputError(f"trainer.precision={precision}: kexue plan knows {', '.join(PRECISIONS)}")
-    with _quiet():
-        job, remarks = count_job(config, on_gpu=device != "cpu")
+    job, remarks = count_quietly(config, on_gpu=device != "cpu")
     about, meaning = DEVICES[device], PRECISIONS[precision]
     options = forecasts(job, devices, about, meaning)
     chosen = best(options, memory)
@@ -138,14 +137,25 @@ def _costs(job: Job) -> Table:
     return Table("costs", "a step of one device, forward and backward pass", columns, rows)
 
 
-def _command(chosen: Forecast, devices: int) -> str:
+def command_words(chosen: Forecast, devices: int) -> list[str]:
+    """The words of `kexue fit` that choose a forecast's strategy and recomputation."""
     words = [f"strategy={chosen.strategy.name}", f"trainer.devices={devices}"]
     if chosen.recompute != "off":
         words.append("technique=[activation_checkpointing]")
     if chosen.recompute == "selective":
         words.append("technique.activation_checkpointing.policy=selective")
+    return words
+
+
+def _command(chosen: Forecast, devices: int) -> str:
     host = f"; {chosen.host / 2**30:.3g} GiB of host memory for each device" if chosen.host else ""
-    return f"best: kexue fit ... {' '.join(words)}{host}"
+    return f"best: kexue fit ... {' '.join(command_words(chosen, devices))}{host}"
+
+
+def count_quietly(config: Mapping[str, Any], on_gpu: bool = True) -> tuple[Job, list[str]]:
+    """`count_job` without what Lightning says of devices and of a step without a Trainer."""
+    with _quiet():
+        return count_job(config, on_gpu)
 
 
 def count_job(config: Mapping[str, Any], on_gpu: bool = True) -> tuple[Job, list[str]]:
