@@ -155,8 +155,13 @@ def find_embeddings(module: nn.Module, pattern: str | None = None) -> list[nn.Mo
     largest = [name for name, table in tables.items() if table.num_embeddings == rows]
     if pattern is None and len(largest) == 1:
         return [tables[largest[0]]]
+    name = type(module).__name__
+    if not tables:
+        raise InputError(
+            f"FGM(embedding={pattern!r}): {name} has no nn.Embedding; FGM is for models of token ids, so leave it out, "
+            "or name the module that makes vectors of ids."
+        )
     why = "nothing has this name" if pattern is not None else f"{len(largest)} tables have the most rows"
     raise InputError(
-        f"FGM(embedding={pattern!r}): {why} in {type(module).__name__}; name the embedding of the tokens, one of "
-        f"{', '.join(tables) or 'the modules that take token ids'}."
+        f"FGM(embedding={pattern!r}): {why} in {name}; name the embedding of the tokens, one of {', '.join(tables)}."
     )

@@ -163,8 +163,8 @@ class LabelSmoothing(nn.Module):
         smoothing: float = 0.1,
         *,
         convention: Convention = "all",
-        prior: Sequence[float] | None = None,
-        weight: Sequence[float] | None = None,
+        prior: list[float] | None = None,
+        weight: list[float] | None = None,
         ignore_index: int = -100,
         over_ranks: bool = False,
     ) -> None:
@@ -175,7 +175,7 @@ class LabelSmoothing(nn.Module):
             raise InputError("LabelSmoothing(convention='others', prior=...): a prior is for convention='all'.")
         for name, values in (("prior", prior), ("weight", weight)):
             if values is not None and not (min(values) >= 0 and sum(values) > 0):
-                raise InputError(f"LabelSmoothing({name}={list(values)}): use numbers from 0 up, not all 0.")
+                raise InputError(f"LabelSmoothing({name}={values}): use numbers from 0 up, not all 0.")
         self.smoothing = smoothing
         self.convention: Convention = convention
         self.prior = prior

@@ -164,7 +164,7 @@ def test_the_table_of_tokens_is_found(module: str) -> None:
 @pytest.mark.parametrize(
     ("make", "pattern", "message"),
     [
-        (lambda: nn.Linear(3, 3), None, "0 tables have the most rows in Linear"),
+        (lambda: nn.Linear(3, 3), None, "Linear has no nn.Embedding; FGM is for models of token ids"),
         (lambda: nn.ModuleDict({"source": nn.Embedding(9, 2), "target": nn.Embedding(9, 2)}), None, "source, target"),
         (Bag, "token*", "nothing has this name in Bag; name the embedding of the tokens, one of embed"),
     ],

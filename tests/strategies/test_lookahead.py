@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
+from cells import MODULES, loader
 from torch import Tensor, nn
 
-from kexue.strategies import Lookahead, LookaheadOptimizer, lookahead_sync
+from kexue.strategies import Lookahead, LookaheadOptimizer, SingleDevice, lookahead_sync
 
 INNER: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -306,3 +309,62 @@ def test_slow_weights_are_there_inside_the_context_only() -> None:
 def test_values_out_of_range_say_what_is_allowed(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"use (1 or more|a number from 0 to 1|'none', 'reset' or|'fast' or 'slow')"):
         Lookahead(**wrong)
+
+
+class Unfreeze(pl.callbacks.BaseFinetuning):
+    """Lets the embedding train from the second epoch on, in a parameter group of its own."""
+
+    def freeze_before_training(self, pl_module: pl.LightningModule) -> None:
+        self.freeze(pl_module.embed)
+
+    def finetune_function(self, pl_module: pl.LightningModule, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.embed, optimizer)
+
+
+def test_a_group_added_in_the_middle_of_a_run() -> None:
+    """By a callback of Lightning, to the wrapped optimiser."""
+
+    class FreeFirst(MODULES["plain"]):  # type: ignore[misc, name-defined]
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.01, fused=True)
+
+    model = FreeFirst()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        strategy=SingleDevice([Lookahead(k=4)]),
+        max_epochs=3,
+        callbacks=[Unfreeze()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    start = model.embed.weight.detach().clone()
+    trainer.fit(model, loader(0, 1, 12, 4))
+    state = trainer.optimizers[0].state
+    assert len(trainer.optimizers[0].param_groups) == 2
+    assert state[model.out.weight]["lookahead_step"] == 9
+    late = state[model.embed.weight]  # it took 6 of the 9 steps, so its copy moved once, from where it started
+    assert late["lookahead_step"] == 6
+    assert not torch.equal(model.embed.weight, start)
+    assert not torch.equal(model.embed.weight, late["lookahead_slow"])  # which holds the fast ones after the fit
+
+
+def test_copies_and_pickles_step_on_their_own() -> None:
+    model = net()
+    optimizer = LookaheadOptimizer(INNER["adam"](model.parameters()), k=2)
+    backward(model, 1)
+    optimizer.step()
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert isinstance(twin, LookaheadOptimizer)
+        assert (twin.k, twin.alpha, twin.pullback) == (2, 0.5, "none")
+        parameters = twin.param_groups[0]["params"]
+        for p, own in zip(parameters, model.parameters(), strict=True):
+            assert p is not own
+            p.grad = torch.ones_like(p)
+        twin.step()
+        assert twin.state[parameters[0]]["lookahead_step"] == 2
+        assert torch.equal(parameters[0], twin.state[parameters[0]]["lookahead_slow"])
+    assert optimizer.state[next(model.parameters())]["lookahead_step"] == 1
