@@ -264,7 +264,7 @@ def libmtl_step(module: ManyTasks, batch: Any, rule: str, features: bool) -> Ste
 
 def milliseconds(step: Step, steps: int) -> float:
     """Processor time of a step in this thread: other programs on the machine do not count."""
-    for _ in range(3):
+    for _ in range(min(3, steps)):
         step()
     start = time.thread_time()
     for _ in range(steps):
@@ -323,7 +323,7 @@ def cost(repeats: int) -> list[dict[str, Any]]:
 
     whole = {
         "digits": list(compare(steps(DigitsMultitaskModule, digits_batch), repeats, 10)),
-        "6x384": list(compare(steps(Encoder, encoder_batch), max(3, repeats // 2), 1)),
+        "6x384": list(compare(steps(Encoder, encoder_batch), min(3, repeats), 1)),
     }
     short = {"none": alone(None), **{name: alone(options) for name, options in by_losses.items()}}
     few = {name: extra for name, _, extra in compare(short, repeats, 200)}
