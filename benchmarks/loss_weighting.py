@@ -4,35 +4,43 @@ Part `digits` trains `digits_multitask` (class, parity, and a pixel sum whose lo
 rule, with equal weights, and with one task alone, and scores the test images: two accuracies and the explained share
 of the variance of the pixel sums. A task is kept if its score is within 0.02 of that of training it alone.
 
-Part `cost` measures a training step of that model with each rule against the step without; part `tasks` a step of a
-larger network by the number of tasks.
+Part `cost` measures what each rule adds to a training step, of that model and of an encoder of 6 layers of 384; part
+`tasks` a step of a network of four layers of 512 by the number of tasks, beside torchjd, and beside LibMTL where it is
+installed (`pip install --no-deps LibMTL`).
 
-    python benchmarks/loss_weighting.py --part digits|cost|tasks [--seeds 3] [--epochs 60] [--repeats 7] [--json FILE]
+    python benchmarks/loss_weighting.py --part digits|cost|tasks [--seeds 3] [--epochs 100] [--repeats 7] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import statistics
+import sys
 import time
+import types
 import warnings
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 from common import in_turn, median_and_spread, report
 from torch import Tensor, nn
 
 from kexue.data.digits import DigitsDataModule
 from kexue.lightning_modules.imaging import DigitsMultitaskModule
+from kexue.nn.transformer import Transformer, TransformerConfig
 from kexue.strategies import LossWeighting, SingleDevice
 from kexue.strategies.loss_weighting import prior_cross_entropy, prior_squared_error
+from kexue.strategies.loss_weighting.rules import RULES
 
 TASKS = ("digit", "parity", "pixel_sum")
 WITHIN = 0.02
+EPOCHS = 100
 Step = Callable[[], None]
 
 
@@ -50,8 +58,11 @@ def contenders(reference: dict[str, float]) -> dict[str, dict[str, Any]]:
         "prior": {"rule": "prior", "reference": reference},
         **{name: {"rule": name} for name in [*plain, *by_gradients]},
         "priority, main digit": {"rule": "priority", "main": "digit"},
+        "real_time, smoothing 0.9": {"rule": "real_time", "smoothing": 0.9},
         "mgda, parameters": {"rule": "mgda", "gradients": "parameters"},
         "pcgrad, parameters": {"rule": "pcgrad", "gradients": "parameters"},
+        "imtl_g, parameters": {"rule": "imtl_g", "gradients": "parameters"},
+        "torchjd, parameters": {"rule": "torchjd", "aggregator": "AlignedMTL", "gradients": "parameters"},
     }
 
 
@@ -62,7 +73,7 @@ class Digits(DigitsMultitaskModule):
         super().__init__(channels=8, num_blocks=1)
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=4e-3, weight_decay=0.01)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.01)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -109,6 +120,11 @@ def train(options: dict[str, Any], seed: int, epochs: int) -> dict[str, float]:
     return {**scores(module, data), "seconds": time.perf_counter() - start}
 
 
+def lost(result: Mapping[str, float], found: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The tasks of a run whose scores are below those of training them alone."""
+    return [task for task in TASKS if result[task] < found[f"{task} alone"][task] - WITHIN]
+
+
 def digits(seeds: int, epochs: int) -> list[dict[str, Any]]:
     """A row for every rule: medians over seeds."""
     runs = contenders(prior_losses(DigitsDataModule()))
@@ -121,11 +137,33 @@ def digits(seeds: int, epochs: int) -> list[dict[str, Any]]:
     for name, result in found.items():
         row: dict[str, Any] = {"rule": name}
         row |= {task: round(result[task], 3) for task in TASKS}
-        lost = [task for task in TASKS if result[task] < found[f"{task} alone"][task] - WITHIN]
-        row["every task within 0.02"] = "" if name.endswith("alone") else "no: " + ", ".join(lost) if lost else "yes"
+        tasks = lost(result, found)
+        row["every task within 0.02"] = "" if name.endswith("alone") else "no: " + ", ".join(tasks) if tasks else "yes"
         row["seconds"] = round(result["seconds"], 1)
         rows.append(row)
     return rows
+
+
+class Encoder(pl.LightningModule):
+    """A step of real size: an encoder of 6 layers of 384 and three scores a token, batches of 16 x 64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = TransformerConfig(
+            vocab_size=5000, dim=384, num_layers=6, num_heads=6, feedforward_dim=1536, max_length=64, dropout=0.1
+        )
+        self.net = Transformer(config)
+        self.head = nn.Linear(384, 12)
+
+    def task_losses(self, features: Tensor, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """Cross-entropies of three tasks."""
+        scores = self.head(features).flatten(0, 1).split(4, -1)
+        return {task: F.cross_entropy(part, batch[1].flatten()) for task, part in zip(TASKS, scores, strict=True)}
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Any]:
+        """Sum of the losses."""
+        losses = self.task_losses(self.net(batch[0]), batch)
+        return {"loss": torch.stack(list(losses.values())).sum(), "losses": losses}
 
 
 class ManyTasks(pl.LightningModule):
@@ -167,9 +205,66 @@ def bare_step(module: Any, batch: Any, options: dict[str, Any] | None) -> Step:
     return step
 
 
+def torchjd_step(module: ManyTasks, batch: Any, rule: str) -> Step:
+    """The same by torchjd's `mtl_backward`."""
+    from torchjd import aggregation, autojac
+
+    aggregator = {"mgda": aggregation.MGDA, "pcgrad": aggregation.PCGrad}[rule]()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
+
+    def step() -> None:
+        features = module.encoder(batch[0])
+        losses = list(module.task_losses(features, batch).values())
+        optimizer.zero_grad()
+        autojac.mtl_backward(losses, features=features, retain_graph=True)  # one head for all tasks
+        autojac.jac_to_grad(list(module.encoder.parameters()), aggregator)
+        optimizer.step()
+
+    return step
+
+
+@cache
+def libmtl() -> Any:
+    """LibMTL's weightings, None where it is not installed."""
+    spec = importlib.util.find_spec("LibMTL")
+    if spec is None:
+        return None
+    # The package's own __init__ imports torchvision; its weightings do without.
+    package = types.ModuleType("LibMTL")
+    package.__path__ = list(spec.submodule_search_locations or ())
+    sys.modules["LibMTL"] = package
+    return importlib.import_module("LibMTL.weighting")
+
+
+def libmtl_step(module: ManyTasks, batch: Any, rule: str, features: bool) -> Step:
+    """The same by a class of LibMTL, whose trainer lets it take the way back from the losses."""
+    weighting = libmtl()
+    balancer = {"mgda": weighting.MGDA, "pcgrad": weighting.PCGrad}[rule]()
+    balancer.task_num = module.head.out_features
+    balancer.task_name = [f"task_{index}" for index in range(balancer.task_num)]
+    balancer.device, balancer.rep_grad = torch.device("cpu"), features
+    balancer.get_share_params = module.encoder.parameters
+    balancer.zero_grad_share_params = lambda: module.encoder.zero_grad(set_to_none=False)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
+
+    def step() -> None:
+        found = module.encoder(batch[0])
+        optimizer.zero_grad()
+        if features:
+            balancer.rep = found
+            balancer.rep_tasks = {name: found.detach().requires_grad_() for name in balancer.task_name}
+            losses = [module.task_losses(balancer.rep_tasks[name], batch)[name] for name in balancer.task_name]
+        else:
+            losses = list(module.task_losses(found, batch).values())
+        balancer.backward(torch.stack(losses), mgda_gn="none")
+        optimizer.step()
+
+    return step
+
+
 def milliseconds(step: Step, steps: int) -> float:
     """Processor time of a step in this thread: other programs on the machine do not count."""
-    for _ in range(3):
+    for _ in range(min(3, steps)):
         step()
     start = time.thread_time()
     for _ in range(steps):
@@ -178,48 +273,92 @@ def milliseconds(step: Step, steps: int) -> float:
 
 
 def compare(steps: dict[str, Step], repeats: int, count: int) -> Iterator[tuple[str, float, float]]:
-    """Name, milliseconds, and share added to the first, in pairs of the same turn."""
+    """Name, milliseconds, and milliseconds added to the first, in pairs of the same turn."""
     times = in_turn({name: partial(milliseconds, step, count) for name, step in steps.items()}, repeats)
     base = next(iter(times.values()))
     for name, values in times.items():
-        shares = [value / other - 1 for value, other in zip(values, base, strict=True)]
-        yield name, median_and_spread(values)[0], median_and_spread(shares)[0]
+        added = [value - other for value, other in zip(values, base, strict=True)]
+        yield name, median_and_spread(values)[0], median_and_spread(added)[0]
+
+
+def alone(options: dict[str, Any] | None) -> Step:
+    """Nothing of a step but the sum of its losses and the way back to them: what a rule by losses adds to."""
+    module: Any = pl.LightningModule()
+    module.log_dict = lambda *args, **kwargs: None
+    losses = {task: torch.tensor(1.0, requires_grad=True) for task in TASKS}
+    technique = None if options is None else LossWeighting(**options)
+    if technique is not None:
+        technique.attach(module)
+
+    def step() -> None:
+        outputs: Any = {"loss": torch.stack(list(losses.values())).sum(), "losses": losses}
+        if technique is not None:
+            outputs = technique.combine(outputs, module)
+        outputs["loss"].backward()
+
+    return step
 
 
 def cost(repeats: int) -> list[dict[str, Any]]:
-    """A row for every rule on digits."""
+    """A row for every rule: what it adds to steps of two models.
+
+    Rules by losses add the same few operations to any step: they are timed alone, since no clock finds them in a step.
+    """
     data = DigitsDataModule(batch_size=64)
-    batch = data.collator()(list(data.read_split("train"))[:64])
-    runs: dict[str, Any] = {"none": None}
-    runs |= {name: run for name, run in contenders(prior_losses(data)).items() if not name.endswith("alone")}
-    steps = {}
-    for name, options in runs.items():
-        torch.manual_seed(0)
-        module = DigitsMultitaskModule()
-        module.configure_model()
-        steps[name] = bare_step(module, batch, options)
-    return [
-        {"rule": name, "ms a step": round(step, 2), "added": "" if name == "none" else f"{share:+.0%}"}
-        for name, step, share in compare(steps, repeats, 20)
+    digits_batch = data.collator()(list(data.read_split("train"))[:64])
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(5, 5000, (16, 64), generator=generator)
+    encoder_batch = (tokens, torch.randint(0, 4, (16, 64), generator=generator))
+    runs = {name: run for name, run in contenders(prior_losses(data)).items() if not name.endswith("alone")}
+    by_losses = {name: run for name, run in runs.items() if not RULES[run["rule"]].uses_gradients}
+
+    def steps(make: Callable[[], Any], batch: Any) -> dict[str, Step]:
+        found = {}
+        for name, options in [("none", None), *((name, run) for name, run in runs.items() if name not in by_losses)]:
+            torch.manual_seed(0)
+            module = make()
+            module.configure_model()
+            found[name] = bare_step(module, batch, options)
+        return found
+
+    whole = {
+        "digits": list(compare(steps(DigitsMultitaskModule, digits_batch), repeats, 10)),
+        "6x384": list(compare(steps(Encoder, encoder_batch), min(3, repeats), 1)),
+    }
+    short = {"none": alone(None), **{name: alone(options) for name, options in by_losses.items()}}
+    few = {name: extra for name, _, extra in compare(short, repeats, 200)}
+    rows: list[dict[str, Any]] = [
+        {"rule": "none", "added": "", **{f"to {model}": f"{found[0][1]:.1f} ms" for model, found in whole.items()}}
     ]
+    for name in runs:
+        row: dict[str, Any] = {"rule": name, "added": f"{1000 * few[name]:.0f} us" if name in few else ""}
+        for model, found in whole.items():
+            extra = few[name] if name in few else next(extra for other, _, extra in found if other == name)
+            row[f"to {model}"] = f"{extra / found[0][1]:+.1%}"
+        rows.append(row)
+    return rows
 
 
 def by_tasks(repeats: int) -> list[dict[str, Any]]:
-    """A row for every number of tasks."""
+    """A row for every number of tasks: milliseconds of a step, ours and the peers'."""
     rows = []
     for num_tasks in (2, 4, 8, 16):
         generator = torch.Generator().manual_seed(0)
         batch = (torch.randn(64, 512, generator=generator), torch.randn(64, num_tasks, generator=generator))
-        runs: dict[str, Any] = {"none": None, "real_time": {"rule": "real_time"}}
+        steps = {"none": bare_step(ManyTasks(num_tasks), batch, None)}
         for where in ("features", "parameters"):
             for rule in ("mgda", "pcgrad", "cagrad"):
-                runs[f"{rule}, {where}"] = {"rule": rule, "gradients": where}
-        steps = {name: bare_step(ManyTasks(num_tasks), batch, options) for name, options in runs.items()}
-        row: dict[str, Any] = {"tasks": num_tasks}
-        for name, step, share in compare(steps, repeats, 5):
-            row["ms without" if name == "none" else name] = round(step, 2) if name == "none" else f"{share:+.0%}"
-        rows.append(row)
-    return rows
+                options = {"rule": rule, "gradients": where}
+                steps[f"{rule}, {where}"] = bare_step(ManyTasks(num_tasks), batch, options)
+                if libmtl() is not None and rule != "cagrad" and (where, rule) != ("features", "pcgrad"):
+                    step = libmtl_step(ManyTasks(num_tasks), batch, rule, where == "features")
+                    steps[f"{rule}, {where}, LibMTL"] = step
+                if where == "parameters" and rule != "cagrad":
+                    steps[f"{rule}, {where}, torchjd"] = torchjd_step(ManyTasks(num_tasks), batch, rule)
+        times = {name: round(step, 1) for name, step, _ in compare(steps, repeats, 3)}
+        rows.append({"tasks": num_tasks, **times})
+    columns = [name for name in rows[0] if name != "tasks"]
+    return [{"ms a step": name, **{f"T = {row['tasks']}": row[name] for row in rows}} for name in columns]
 
 
 def main() -> None:
@@ -227,7 +366,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=["digits", "cost", "tasks"], required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", help="file to write")
     arguments = parser.parse_args()

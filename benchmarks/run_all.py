@@ -30,6 +30,8 @@ SCRIPTS = {
     "multi_sample_dropout_cost": ["multi_sample_dropout", "--part", "cost"],
     "lookahead_syncs": ["lookahead", "--part", "syncs"],
     "lookahead_steps": ["lookahead", "--part", "steps"],
+    "loss_weighting_cost": ["loss_weighting", "--part", "cost"],
+    "loss_weighting_tasks": ["loss_weighting", "--part", "tasks"],
 }
 LONG = {
     "gplinker_duee": ["gplinker_duee"],
@@ -43,6 +45,7 @@ LONG = {
     ],
     "label_smoothing": ["label_smoothing", "--plot", "docs/label_smoothing.png"],
     "deepnorm_depth": ["deepnorm_depth", "--plot", "docs/deepnorm_update.png"],
+    "loss_weighting_digits": ["loss_weighting", "--part", "digits"],
 }
 NEED_DATA = ("packing", "gplinker_duee", "multi_sample_dropout", "multi_sample_dropout_smoothed", "label_smoothing")
 REMARKS = {

@@ -226,9 +226,10 @@ class LossWeighting(Technique):
         tasks, counts = self._state.tasks, None
         means = values.double()
         if len(own) < len(tasks) or processes.world() > 1:
-            sums = means.new_zeros(2, len(tasks))
-            index = torch.tensor(own, dtype=torch.long, device=means.device)
-            sums[0, index], sums[1, index] = means, 1.0
+            sums = torch.stack([means, torch.ones_like(means)])
+            if len(own) < len(tasks):
+                index = torch.tensor(own, dtype=torch.long, device=means.device)
+                sums = sums.new_zeros(2, len(tasks)).index_copy_(1, index, sums)
             total, counts = processes.total(sums)
             means = total / counts
         means = means.nan_to_num(nan=torch.nan, posinf=torch.nan, neginf=torch.nan)
