@@ -20,7 +20,7 @@ import numpy as np
 
 from ..errors import InputError
 from .recompute_plan import CallCost, Option, Plan, StepCosts, mib
-from .recompute_regions import needed
+from .recompute_tape import needed
 
 MOST_ENUMERATED = 10
 """With more products than this in a block, results are dropped one by one, the cheapest for its bytes first."""

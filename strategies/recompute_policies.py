@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ..errors import InputError
-from ..nn.flops import KEPT_PRODUCTS, is_product
-from .recompute_regions import Key, Operation, Region
+from ..nn.flops import KEPT_PRODUCTS, flops_of, is_product
+from .recompute_regions import Region
+from .recompute_tape import Key, Operation, Tape
 
 WIDE = 3
 """`keep="narrow"` recomputes a product whose result has more than so many times the values of its first factor."""
@@ -52,7 +53,7 @@ class Recompute:
                 )
         options = self.policy.compiled() if torch.compiler.is_compiling() else None
         if options is None:
-            return run(self, args, kwargs)  # pyright: ignore[reportCallIssue]
+            return _run_eagerly(self, args, kwargs)  # pyright: ignore[reportCallIssue]
         return checkpoint(self.forward, *args, use_reentrant=False, **options, **kwargs)  # pyright: ignore[reportCallIssue]
 
     def second_run(self) -> AbstractContextManager:
@@ -130,7 +131,7 @@ class Selective(Policy):
 
     def run(self, recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         names = frozenset() if isinstance(self.keep, str) else frozenset(self.keep)
-        return run_region(Region(recompute.block, self.keeps, names), recompute, args, kwargs)
+        return _run_region(Region(recompute.block, self.keeps, names), recompute, args, kwargs)[0]
 
     def keeps(self, operation: Operation) -> bool:
         """Whether the result of this operation is kept."""
@@ -175,22 +176,32 @@ class Planned(Policy):
         self._next = (self._next + 1) % len(self.calls)
         if kept is None:
             return recompute.forward(*args, **kwargs)
-        return run_region(Region(recompute.block, lambda operation: operation.key in kept), recompute, args, kwargs)
+        region = Region(recompute.block, lambda operation: operation.key in kept)
+        return _run_region(region, recompute, args, kwargs)[0]
 
     def compiled(self) -> None:
         return None
 
 
 class Measured(Policy):
-    """Recompute whole blocks, and hand each region to `note(block, region)`."""
+    """Recompute whole blocks, and tell what each of them did.
 
-    def __init__(self, note: Callable[[nn.Module, Region], None]) -> None:
+    Args:
+        note: given the block, what ran in it, and the FLOPs of its products.
+    """
+
+    def __init__(self, note: Callable[[nn.Module, Tape, list[int]], None]) -> None:
         self.note = note
 
     def run(self, recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        region = Region(recompute.block, lambda operation: False, measure=True)
-        result = run_region(region, recompute, args, kwargs)
-        self.note(recompute.block, region)
+        flops: list[int] = []
+
+        def count(operation: Operation) -> bool:
+            flops.append(flops_of(operation.function, operation.args, operation.kwargs, operation.result))
+            return False
+
+        result, tape = _run_region(Region(recompute.block, count), recompute, args, kwargs)
+        self.note(recompute.block, tape, flops)
         return result
 
     def compiled(self) -> None:
@@ -198,16 +209,15 @@ class Measured(Policy):
 
 
 @torch.compiler.disable
-def run(recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a block forward under its policy, without a compiler: both runs have to be alike."""
+def _run_eagerly(recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a block forward without a compiler, which would not give the same operations twice."""
     return recompute.policy.run(recompute, args, kwargs)
 
 
-def run_region(region: Region, recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a block forward within a region."""
+def _run_region(region: Region, recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Tape]:
+    """Run a block forward within a region; returns what the block does, and what ran in it."""
     result = _checkpointed(recompute.forward, args, kwargs, context_fn=region.contexts(recompute.second_run()))
-    region.finish()
-    return result
+    return result, region.finish()
 
 
 def is_wide(operation: Operation) -> bool:
@@ -256,11 +266,11 @@ def _checkpointed(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: di
     """torch's `checkpoint`, with tensors among the keyword arguments treated as the others are."""
     leaves, spec = tree_flatten((args, kwargs))
 
-    def run(*leaves: Any) -> Any:
+    def unflattened(*leaves: Any) -> Any:
         args, kwargs = tree_unflatten(leaves, spec)
         return forward(*args, **kwargs)
 
-    return checkpoint(run, *leaves, use_reentrant=False, **options)
+    return checkpoint(unflattened, *leaves, use_reentrant=False, **options)
 
 
 def _overloads(name: str) -> list[Any]:

@@ -35,7 +35,7 @@ from kexue.strategies import (
 )
 from kexue.strategies.recompute_budget import MOST_ENUMERATED, options_of, parse_budget
 from kexue.strategies.recompute_plan import CallCost, Plan, ProductCost, StepCosts
-from kexue.strategies.recompute_regions import needed
+from kexue.strategies.recompute_tape import needed
 
 SHARES = (0.12, 0.25, 0.4, 0.6, 0.8)
 
