@@ -6,6 +6,7 @@ Source: T. Chen et al. "Training Deep Nets with Sublinear Memory Cost" (arXiv 16
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -25,7 +26,6 @@ from .recompute_regions import Region
 from .recompute_tape import Key, Operation, Tape
 
 WIDE = 3
-"""`keep="narrow"` recomputes a product whose result has more than so many times the values of its first factor."""
 SMALLEST_OFFLOADED = 1024
 
 
@@ -82,23 +82,26 @@ class FrozenStatistics:
             norm.num_batches_tracked.copy_(batches)  # type: ignore[union-attr]
 
 
-class Policy:
-    """What is recomputed of a block. The base: all of it."""
+class Policy(ABC):
+    """What is recomputed of a block."""
 
+    @abstractmethod
     def run(self, recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the block forward."""
-        again = recompute.second_run()
-        if recompute.norms:
-            return _checkpointed(recompute.forward, args, kwargs, context_fn=lambda: (nullcontext(), again))
-        return _checkpointed(recompute.forward, args, kwargs)
 
     def compiled(self) -> dict[str, Any] | None:
-        """Arguments of `checkpoint` for a compiler to follow; None: the block runs without it."""
-        return {}
+        """Arguments of torch's `checkpoint` for a compiler to follow; None: the block runs without one."""
+        return None
 
 
 class Full(Policy):
-    """Recompute whole blocks."""
+    """Recompute whole blocks, but for products at their end that the backward pass does not need."""
+
+    def run(self, recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _run_region(Region(recompute.block, lambda operation: False), recompute, args, kwargs)[0]
+
+    def compiled(self) -> dict[str, Any]:
+        return {}
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,8 @@ class Selective(Policy):
     """Keep the results of some operations, recompute the rest.
 
     Args:
-        keep: "products" (matrix products, convolutions and attention kernels), "narrow" (those of them whose result
-            is at most three times as wide as what goes in), or names of operations, such as ("addmm", "gelu").
+        keep: "products" (matrix products, convolutions and attention kernels), "narrow" (those of them that are not
+            cheap for what their result takes, see `is_cheap`), or names of operations, such as ("addmm", "gelu").
 
     Raises:
         ValueError: there is no such operation.
@@ -137,9 +140,7 @@ class Selective(Policy):
         """Whether the result of this operation is kept."""
         if not isinstance(self.keep, str):
             return operation.key[0] in self.keep
-        if not is_product(operation.function):
-            return False
-        return self.keep == "products" or not is_wide(operation)
+        return is_product(operation.function) and not (self.keep == "narrow" and is_cheap(operation))
 
     def compiled(self) -> dict[str, Any] | None:
         if self.keep == "narrow":
@@ -149,15 +150,12 @@ class Selective(Policy):
         return {"context_fn": partial(create_selective_checkpoint_contexts, kept)}
 
 
-class Offload(Policy):
+class Offload(Full):
     """Recompute whole blocks, and keep their inputs in the host's memory."""
 
     def run(self, recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with torch.autograd.graph.saved_tensors_hooks(to_host, to_device):
             return super().run(recompute, args, kwargs)
-
-    def compiled(self) -> None:
-        return None
 
 
 @dataclass
@@ -178,9 +176,6 @@ class Planned(Policy):
             return recompute.forward(*args, **kwargs)
         region = Region(recompute.block, lambda operation: operation.key in kept)
         return _run_region(region, recompute, args, kwargs)[0]
-
-    def compiled(self) -> None:
-        return None
 
 
 class Measured(Policy):
@@ -204,9 +199,6 @@ class Measured(Policy):
         self.note(recompute.block, tape, flops)
         return result
 
-    def compiled(self) -> None:
-        return None
-
 
 @torch.compiler.disable
 def _run_eagerly(recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -214,16 +206,35 @@ def _run_eagerly(recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, 
     return recompute.policy.run(recompute, args, kwargs)
 
 
-def _run_region(region: Region, recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Tape]:
-    """Run a block forward within a region; returns what the block does, and what ran in it."""
-    result = _checkpointed(recompute.forward, args, kwargs, context_fn=region.contexts(recompute.second_run()))
+def _run_region(
+    region: Region, recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Tape]:
+    """Run a block forward within a region; returns the block's result, and what ran in it."""
+    # As positional ones: torch keeps those as autograd does, and tensors among keyword arguments as they are.
+    leaves, spec = tree_flatten((args, kwargs))
+
+    def forward(*leaves: Any) -> Any:
+        args, kwargs = tree_unflatten(leaves, spec)
+        return recompute.forward(*args, **kwargs)
+
+    contexts = region.contexts(recompute.second_run())
+    result = checkpoint(forward, *leaves, use_reentrant=False, context_fn=contexts)
     return result, region.finish()
 
 
-def is_wide(operation: Operation) -> bool:
-    """Whether the result of a product has many more values than its first factor."""
-    factor = operation.args[1 if operation.key[0] in ("addmm", "baddbmm") else 0]
-    result = operation.result[0] if isinstance(operation.result, tuple) else operation.result
+def is_cheap(operation: Operation) -> bool:
+    """Whether a product takes few FLOPs for each value of its result.
+
+    One whose result is more than three times as wide as its first factor; attention at fewer FLOPs than a square linear
+    layer on the same values, which is over fewer keys than half the width.
+    """
+    name, args, result = operation.key[0], operation.args, operation.result
+    if "attention" in name:
+        query, output = args[0], result[0]
+        heads = query.shape[1] if name.startswith("_scaled") else query.shape[-2]
+        flops = flops_of(operation.function, args, operation.kwargs, result)
+        return flops < 2 * output.numel() * heads * query.shape[-1]
+    factor = args[1 if name in ("addmm", "baddbmm") else 0]
     return result.numel() > WIDE * factor.numel()
 
 
@@ -260,17 +271,6 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     if device not in _STREAMS:
         _STREAMS[device] = torch.cuda.Stream(device)
     return _STREAMS[device]
-
-
-def _checkpointed(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], **options: Any) -> Any:
-    """torch's `checkpoint`, with tensors among the keyword arguments treated as the others are."""
-    leaves, spec = tree_flatten((args, kwargs))
-
-    def unflattened(*leaves: Any) -> Any:
-        args, kwargs = tree_unflatten(leaves, spec)
-        return forward(*args, **kwargs)
-
-    return checkpoint(unflattened, *leaves, use_reentrant=False, **options)
 
 
 def _overloads(name: str) -> list[Any]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .recompute_tape import Key, Operation, Tape, address, is_in_place, is_marked, needed, next_key, tensors_in
+from .recompute_tape import Key, Operation, Tape, address, needed, tensors_in, traits_of
 
 Keep = Callable[[Operation], bool]
 
@@ -110,7 +110,8 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        draws = is_marked(func, self.region.marked) and torch.Tag.nondeterministic_seeded in func.tags
+        traits = traits_of(func)
+        draws = traits is not None and traits.draws and traits.is_marked(self.region.marked)
         before = _Random(next(tensors_in(args)).device) if draws else None
         result = func(*args, **kwargs)
         operation = self.tape.note(func, args, kwargs, result)
@@ -140,14 +141,17 @@ class _Replayer(TorchDispatchMode):
         self.again.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if is_marked(func, self.region.marked):
-            found = self.region.result(next_key(self.counts, func))
+        traits = traits_of(func)
+        if traits is None:
+            pass
+        elif traits.is_marked(self.region.marked):
+            found = self.region.result(traits.next_key(self.counts))
             if found is not None:
                 result = found.replay()
                 if found.changes:
                     self.changes[address(result)] = found.changes
                 return result
-        elif self.changes and is_in_place(func) and self.changes.get(address(args[0]), 0):
+        elif traits.is_in_place and self.changes and self.changes.get(address(args[0]), 0):
             self.changes[address(args[0])] -= 1
             return args[0]
         return func(*args, **(kwargs or {}))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -29,6 +30,62 @@ FILL = {"ones_like", "full_like", "new_full", "new_ones", "rand_like", "randn_li
 # Operations whose values may decide shapes, what runs next, or which random numbers are drawn.
 DECIDE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
 NONE: frozenset[int] = frozenset()
+
+
+class Traits(NamedTuple):
+    """What an operation is, whatever it is given.
+
+    Attributes:
+        name: without its overload; with the namespace unless it is torch's own.
+        is_product: it counts FLOPs.
+        is_view: its result is what it was given, seen otherwise.
+        is_in_place: it changes the values of its first argument and nothing else, as `add_` does.
+        written: places and names of the arguments that it writes to.
+        draws: random numbers.
+        decides: its values may decide more than values; of an operation that is not torch's own, it is not known.
+    """
+
+    name: str
+    is_product: bool
+    is_view: bool
+    is_in_place: bool
+    written: tuple[tuple[int, str], ...]
+    draws: bool
+    decides: bool
+
+    def is_marked(self, names: Set[str]) -> bool:
+        """Whether it is followed on its own: it makes something new, and is a product or one of these names."""
+        return not self.written and (self.is_product or self.name in names)
+
+    def next_key(self, counts: Counter[str]) -> Key:
+        """Its name and place, counted in `counts`."""
+        counts[self.name] += 1
+        return self.name, counts[self.name] - 1
+
+
+@cache
+def traits_of(function: Any) -> Traits | None:
+    """The traits of an operation; None if it cannot be followed."""
+    if not isinstance(function, torch._ops.OpOverload):
+        return None
+    schema, tags, own = function._schema, function.tags, function.namespace == "aten"
+    name = function.overloadpacket.__name__
+    written = tuple(
+        (place, argument.name)
+        for place, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+    alone = [place for place, _ in written] == [0] and len(schema.returns) == 1
+    draws = torch.Tag.nondeterministic_seeded in tags
+    return Traits(
+        name=name if own else f"{function.namespace}.{name}",
+        is_product=is_product(function),
+        is_view=not written and any(returned.alias_info is not None for returned in schema.returns),
+        is_in_place=alone and torch.Tag.inplace_view not in tags and not draws,
+        written=written,
+        draws=draws,
+        decides=function.namespace not in ("aten", "prims") or not DECIDE.isdisjoint(tags),
+    )
 
 
 class Operation(NamedTuple):
@@ -100,27 +157,30 @@ class Tape:
 
     def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Operation | None:
         """Follow an operation that has run; returns it if it is the newest of `products`."""
-        if not isinstance(function, torch._ops.OpOverload):
+        traits = traits_of(function)
+        if traits is None:
             self._opaque = True
             return None
-        name, made = name_of(function), self._storages((result,))
-        if name in ALLOCATE or name in FILL:
+        if traits.is_view:
+            return None
+        made = self._storages((result,))
+        if traits.name in ALLOCATE or traits.name in FILL:
             self._sources.update(dict.fromkeys(made, NONE))
-            if name in ALLOCATE:
+            if traits.name in ALLOCATE:
                 self._allocated.update(made)
                 self._unfilled.update(made)
             return None
         read = self._storages((*args, *kwargs.values()))
         self._outside.update(storage for storage in read if storage not in self._sources)
         values = NONE.union(*(self._sources.get(storage, NONE) for storage in read))
-        if function._schema.is_mutable:
-            changed = self._storages(_written(function, args, kwargs))
-            self._note_change(function, changed, read.keys() - changed.keys(), values)
+        if traits.written:
+            written = [args[i] if i < len(args) else kwargs.get(name) for i, name in traits.written]
+            self._note_change(traits, self._storages(written), read.keys(), values)
             return None
         if not made or not made.keys() <= read.keys():  # not only another view
             self._note_reading(read)
-        if is_marked(function, self.marked):
-            operation = Operation(function, next_key(self._counts, function), args, kwargs, result)
+        if traits.is_marked(self.marked):
+            operation = Operation(function, traits.next_key(self._counts), args, kwargs, result)
             self._sources.update(dict.fromkeys(made, frozenset((len(self.products),))))
             self.products.append(Product(operation.key, values, made))
             return operation
@@ -129,7 +189,7 @@ class Tape:
             self._sources.update(dict.fromkeys(output, values))
             self._sources.update(dict.fromkeys(mask, NONE))
             return None
-        if not made or _decides(function):
+        if not made or traits.decides:
             self._asked |= values
         for storage in made:
             self._sources[storage] = self._sources.get(storage, NONE) | values
@@ -143,12 +203,13 @@ class Tape:
         self._saved.update(storages)
         self._note_reading(storages)
 
-    def _note_change(self, function: Any, changed: dict[int, int], read: Set[int], values: frozenset[int]) -> None:
+    def _note_change(self, traits: Traits, changed: dict[int, int], read: Set[int], values: frozenset[int]) -> None:
         """Follow an operation that writes into what is there."""
+        read = read - changed.keys()
         self._read |= read
-        if not self._outside.isdisjoint(changed) or (_decides(function) and read):  # a buffer, such as
+        if not self._outside.isdisjoint(changed) or (traits.decides and read):  # the former, such as a buffer
             self._asked |= values
-        unread = self._read.isdisjoint(changed) and is_in_place(function)
+        unread = self._read.isdisjoint(changed) and traits.is_in_place
         for storage in changed:
             before = self._sources.get(storage, NONE)
             makers = [product for product in map(self.products.__getitem__, before) if storage in product.storages]
@@ -210,36 +271,6 @@ def needed(
     return frozenset(again), frozenset(used)
 
 
-def is_marked(function: Any, names: Set[str]) -> bool:
-    """Whether an operation is followed on its own: it makes something new, and is a product or named."""
-    if not isinstance(function, torch._ops.OpOverload) or function._schema.is_mutable:
-        return False
-    return is_product(function) or name_of(function) in names
-
-
-def is_in_place(function: Any) -> bool:
-    """Whether an operation changes the values of its first argument and nothing else, as `add_` does."""
-    if not isinstance(function, torch._ops.OpOverload):
-        return False
-    schema = function._schema
-    written = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
-    changing = {torch.Tag.inplace_view, torch.Tag.nondeterministic_seeded}
-    return sum(written) == 1 and written[0] and len(schema.returns) == 1 and changing.isdisjoint(function.tags)
-
-
-def name_of(function: Any) -> str:
-    """Name of an operation, without its overload; with the namespace unless it is torch's own."""
-    name = function.overloadpacket.__name__
-    return name if function.namespace == "aten" else f"{function.namespace}.{name}"
-
-
-def next_key(counts: Counter[str], function: Any) -> Key:
-    """Name and place of an operation, counted in `counts`."""
-    name = name_of(function)
-    counts[name] += 1
-    return name, counts[name] - 1
-
-
 def tensors_in(values: Any) -> Iterator[Tensor]:
     """All tensors in nested lists."""
     for value in values:
@@ -252,17 +283,3 @@ def tensors_in(values: Any) -> Iterator[Tensor]:
 def address(tensor: Tensor) -> int:
     """Of a tensor's storage."""
     return tensor.untyped_storage()._cdata
-
-
-def _written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The arguments that an operation writes to."""
-    return [
-        args[i] if i < len(args) else kwargs.get(argument.name)
-        for i, argument in enumerate(function._schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    ]
-
-
-def _decides(function: Any) -> bool:
-    """Whether values may decide more than values; of an operation that is not torch's own, it is not known."""
-    return function.namespace not in ("aten", "prims") or not DECIDE.isdisjoint(function.tags)

@@ -199,10 +199,11 @@ def test_too_little_is_explained() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [(0.3, 0.3), (1, 1.0), ("2GiB", 2 * 2**30), ("1.5 gb", 1.5e9), ("300MiB", 300 * 2**20)]
+    ("text", "size"), [(0.3, 0.3), (1, 1.0), (5000, 5000), (2e9, 2 * 10**9), ("2GiB", 2**31), ("1.5 gb", 1500000000)]
 )
-def test_budgets_in_words(text: Any, size: float) -> None:
+def test_budgets_are_a_share_or_bytes(text: Any, size: float) -> None:
     assert parse_budget(text) == size
+    assert type(parse_budget(text)) is type(size)
 
 
 # In a Trainer
@@ -257,12 +258,12 @@ def train(techniques: list[Any], folder: Path, **options: Any) -> tuple[Module, 
 def test_a_run_plans_after_its_first_step(
     options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    technique = ActivationCheckpointing(policy="budget", budget=0.4)
+    technique = ActivationCheckpointing(budget=0.4)
     plain, expected = train([], tmp_path / "plain", **options)
     module, weights = train([technique], tmp_path / "run", **options)
     assert module.losses == plain.losses
     assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
-    written = json.loads((tmp_path / "run" / "plan.json").read_text())
+    written = json.loads((tmp_path / "run" / "recompute_plan.json").read_text())
     assert written["kept_bytes"] <= written["budget_bytes"] == int(0.4 * written["plain_bytes"])
     assert [call["block"] for call in written["calls"]] == [f"net.layers.blocks.{i}" for i in range(3)]
     assert written["recomputed_flops"] == sum(call["recomputed_flops"] for call in written["calls"])
@@ -281,7 +282,7 @@ def test_beside_techniques_that_run_the_step_twice(other: Any, last: bool, tmp_p
     module, weights = train([other(), budget] if last else [budget, other()], tmp_path / "run")
     assert module.losses == plain.losses
     assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
-    calls = json.loads((tmp_path / "run" / "plan.json").read_text())["calls"]
+    calls = json.loads((tmp_path / "run" / "recompute_plan.json").read_text())["calls"]
     assert len(calls) == (6 if last else 3)  # behind the other technique, both of its passes count
 
 
