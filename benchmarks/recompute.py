@@ -16,6 +16,8 @@ memory budget (`torch._functorch.config.activation_memory_budget`) on our blocks
 without a code generator, so that seconds say what is recomputed and not what is fused.
 
     python benchmarks/recompute.py [--json FILE] [--plot FILE] [--repeats 3] [--kinds pre post pre_without_dropout]
+
+`--repeats 0` counts only: that is exact on a busy machine, too.
 """
 
 from __future__ import annotations
@@ -271,14 +273,12 @@ def theirs() -> list[Way]:
 def rows_of(kind: str, repeats: int) -> list[dict[str, Any]]:
     ways = ours(kind) + (theirs() if kind == "post" else [])
     counts = {way.name: way.count() for way in ways}
-    runs: dict[str, Callable[[], float]] = {way.name: way.seconds for way in ways}
-    times = in_turn(runs, repeats)
+    times = in_turn({way.name: way.seconds for way in ways}, repeats)
     uniform = [one for name, one in counts.items() if name.startswith(("plain", "full", "selective"))]
     rows = []
     for name, (kept, most, flops) in counts.items():
-        first = counts["transformers, plain" if name.startswith("transformers") else "plain"]
-        base = times["transformers, plain" if name.startswith("transformers") else "plain"]
-        middle, spread = median_and_spread(times[name])
+        base = "transformers, plain" if name.startswith("transformers") else "plain"
+        first = counts[base]
         row = {
             "blocks": kind,
             "policy": name,
@@ -287,12 +287,11 @@ def rows_of(kind: str, repeats: int) -> list[dict[str, Any]]:
             "MB at most": most / 1e6,
             "GFLOPs": flops / 1e9,
             "FLOPs x": flops / first.flops,
-            "s a step": middle,
-            "+-": spread,
-            "time x": middle / median_and_spread(base)[0],
-            "of budget": "",
-            "best uniform": "",
         }
+        if repeats:
+            middle, spread = median_and_spread(times[name])
+            row |= {"s a step": middle, "+-": spread, "time x": middle / median_and_spread(times[base])[0]}
+        row |= {"of budget": "", "best uniform": ""}
         if name.startswith("budget"):
             allowed = float(name.split()[1]) * first.kept
             row["of budget"] = kept / allowed

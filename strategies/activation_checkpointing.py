@@ -95,10 +95,12 @@ class ActivationCheckpointing(Technique):
             )
         if budget is not None and policy == "full":
             policy = "budget"
-        if (budget is None) == (policy == "budget"):
+        if budget is None and policy == "budget":
+            raise ValueError("ActivationCheckpointing(policy='budget'): say how much, budget=0.3 or budget='2GiB'.")
+        if budget is not None and policy != "budget":
             raise ValueError(
                 f"ActivationCheckpointing(policy={policy!r}, budget={budget!r}): "
-                "policy='budget' and budget=0.3 or budget='2GiB' go together."
+                "a budget chooses what is recomputed; leave out policy or budget."
             )
         if every < 1 or (every > 1 and policy == "budget"):
             raise ValueError(f"ActivationCheckpointing(every={every}): use 1 or more, and 1 with a budget.")

@@ -51,7 +51,8 @@ class Recompute:
                     f"ActivationCheckpointing: {type(self.block).__name__} was given a {type(value).__name__} while "
                     "training, which would grow twice; train without it (use_cache=False)."
                 )
-        options = self.policy.compiled() if torch.compiler.is_compiling() else None
+        # A compiler follows no second run of which the statistics are frozen.
+        options = self.policy.compiled() if torch.compiler.is_compiling() and not self.norms else None
         if options is None:
             return _run_eagerly(self, args, kwargs)  # pyright: ignore[reportCallIssue]
         return checkpoint(self.forward, *args, use_reentrant=False, **options, **kwargs)  # pyright: ignore[reportCallIssue]

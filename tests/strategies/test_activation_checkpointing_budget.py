@@ -233,13 +233,22 @@ class Module(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def train(techniques: list[Any], folder: Path, **options: Any) -> tuple[Module, list[Tensor]]:
-    module = Module(options.pop("manual", False))
+def train(
+    techniques: list[Any],
+    folder: Path,
+    *,
+    manual: bool = False,
+    max_epochs: int = 1,
+    resume: Path | None = None,
+    save: Path | None = None,
+    **options: Any,
+) -> tuple[Module, list[Tensor]]:
+    module = Module(manual)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
         strategy=SingleDevice(techniques),
-        max_epochs=1,
+        max_epochs=max_epochs,
         default_root_dir=folder,
         logger=False,
         enable_checkpointing=False,
@@ -248,7 +257,9 @@ def train(techniques: list[Any], folder: Path, **options: Any) -> tuple[Module, 
         **options,
     )
     torch.manual_seed(4)
-    trainer.fit(module, DataLoader(torch.randint(0, 50, (12, 16)), batch_size=4))
+    trainer.fit(module, DataLoader(torch.randint(0, 50, (12, 16)), batch_size=4), ckpt_path=resume)
+    if save is not None:
+        trainer.save_checkpoint(save)
     return module, [parameter.detach().clone() for parameter in module.parameters()]
 
 
@@ -291,4 +302,15 @@ def test_offloading_on_a_cpu_warns(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"policy='offload'\) has no effect beyond policy='full' on CPUs"):
         module, weights = train([ActivationCheckpointing(policy="offload")], tmp_path)
     assert module.losses == plain.losses
+    assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+
+
+def test_resumes_under_another_policy(tmp_path: Path) -> None:
+    """A policy is no part of a checkpoint: one epoch without, then one with a budget, are two epochs without."""
+    plain, expected = train([], tmp_path / "plain", max_epochs=2)
+    train([], tmp_path / "first", save=tmp_path / "epoch.ckpt")
+    module, weights = train(
+        [ActivationCheckpointing(budget=0.4)], tmp_path, max_epochs=2, resume=tmp_path / "epoch.ckpt"
+    )
+    assert module.losses == plain.losses[3:]
     assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
