@@ -1,17 +1,23 @@
 """Recomputation of a Transformer encoder: bytes and FLOPs counted, seconds measured, beside transformers and torch.
 
-Twelve blocks of width 768 on 2 x 128 tokens, forward and backward pass, no embeddings and no head. Attention has no
+Twelve blocks of width 768 on 128 tokens, forward and backward pass, no embeddings and no head. Attention has no
 dropout: the CPU's fused kernel has none, and the tables of scores that it would take are not made on GPUs.
 
-Bytes: storages that the forward pass has made and that are alive when it has ended, the input added and the result left
-out: whatever keeps them. Parameters are no part of them. "bytes x": so many times fewer than in plain training.
-FLOPs: of matrix products and attention in both passes, whatever runs again included. "FLOPs x": over plain training.
+MB kept: storages that the forward pass has made and that are alive when it has ended, the input added and the result
+left out: whatever keeps them. Parameters and their gradients are no part of them. "bytes x": so many times fewer than
+in plain training. MB at most: storages made and alive at any time of the step, what is between operations included.
+FLOPs: of matrix products and attention in both passes, whatever runs again included. "FLOPs x": over plain training;
+a backward pass takes twice the forward pass, so running all of it again is 4/3.
+of budget: bytes kept over bytes allowed. best uniform: the fewest FLOPs, over plain training, of the rows of "plain",
+"full" and "selective" that keep no more than is allowed.
 
-Peers: `gradient_checkpointing_enable` of transformers on BERT's encoder with as many weights, and torch.compile's own
+Peers: `activation_checkpointing_enable` of transformers on BERT's encoder with as many weights, and torch.compile's own
 memory budget (`torch._functorch.config.activation_memory_budget`) on our blocks: its partitioner, whose graphs run
 without a code generator, so that seconds say what is recomputed and not what is fused.
 
-    python benchmarks/recompute.py [--json FILE] [--plot FILE] [--repeats 5] [--kinds pre post pre_without_dropout]
+    python benchmarks/recompute.py [--json FILE] [--plot FILE] [--repeats 3] [--kinds pre post pre_without_dropout]
+
+`--repeats 0` counts only: that is exact on a busy machine, too.
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ import argparse
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from common import in_turn, median_and_spread, report
@@ -43,7 +49,7 @@ from kexue.strategies import (
     restore_blocks,
 )
 
-DIM, LAYERS, HEADS, BATCH, LENGTH = 768, 12, 12, 2, 128
+DIM, LAYERS, HEADS, LENGTH = 768, 12, 12, 128
 KINDS: dict[str, dict[str, Any]] = {
     "pre": {"norm": "pre", "dropout": 0.1},
     "post": {"norm": "post", "dropout": 0.1},
@@ -54,28 +60,44 @@ COMPILED_BUDGETS = (0.0, 0.25, 0.5, 0.75)
 
 
 class Counter(TorchDispatchMode):
-    """FLOPs of what runs inside, and the storages it makes, as long as they live."""
+    """FLOPs of what runs inside, and the storages it makes, as long as they live.
+
+    Attributes:
+        flops: so far.
+        most: bytes that were alive at once.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = 0
+        self.flops = self.most = 0
         self.made: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if is_product(func):
             self.flops += flops_of(func, args, kwargs or {}, result)
+        given = {tensor.untyped_storage()._cdata for tensor in args if isinstance(tensor, Tensor)}
         for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
                 storage = tensor.untyped_storage()
                 self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.made = {key: (ref, size) for key, (ref, size) in self.made.items() if not ref.expired()}
+        self.most = max(self.most, sum(size for _, size in self.made.values()))
         return result
 
-    def bytes(self, module: nn.Module, given: Tensor, result: Tensor) -> int:
-        """Bytes alive, with what was given and without the result and parameters."""
-        left_out = {tensor.untyped_storage()._cdata for tensor in (given, result, *module.parameters())}
-        kept = sum(size for key, (ref, size) in self.made.items() if key not in left_out and not ref.expired())
-        return kept + given.nbytes
+    def kept(self, given: Tensor, result: Tensor) -> int:
+        """Bytes alive now, with what was given and without the result."""
+        left_out = {tensor.untyped_storage()._cdata for tensor in (given, result)}
+        alive = (size for key, (ref, size) in self.made.items() if key not in left_out and not ref.expired())
+        return sum(alive) + given.nbytes
+
+
+class Counts(NamedTuple):
+    """Of a step: bytes kept for the backward pass, bytes at most, FLOPs."""
+
+    kept: int
+    most: int
+    flops: int
 
 
 class Way:
@@ -97,15 +119,15 @@ class Way:
     ) -> None:
         self.name, self.module, self.forward, self.apply = name, module, forward, apply
 
-    def count(self) -> tuple[int, int]:
-        """Bytes kept, and FLOPs of a step."""
+    def count(self) -> Counts:
+        """Count a step."""
         undo, hidden, counter = self.apply(), _hidden(), Counter()
         with counter:
             result = self.forward(hidden)
-            kept = counter.bytes(self.module, hidden, result)
+            kept = counter.kept(hidden, result)
             result.square().mean().backward()
         undo()
-        return kept, counter.flops
+        return Counts(kept, counter.most, counter.flops)
 
     def seconds(self) -> float:
         """Of a step."""
@@ -122,37 +144,50 @@ class Compiled(Way):
 
     def __init__(self, name: str, module: nn.Module, forward: Callable[[Tensor], Tensor], budget: float) -> None:
         super().__init__(name, module, forward, lambda: lambda: None)
-        from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+        from functorch.compile import min_cut_rematerialization_partition
         from torch._dynamo.backends.common import aot_autograd
+        from torch.fx.graph import _BoxedCodeGen
 
         self.counter: Counter | None = None
 
         def compiler(graph: Any, _: Any) -> Any:
-            def run(*inputs: Any) -> Any:
-                with self.counter or nullcontext():
-                    return graph.forward(*inputs)
+            graph.graph.set_codegen(_BoxedCodeGen())  # lets go of its inputs as it runs
+            graph.recompile()
 
-            return make_boxed_func(run)
+            def run(inputs: list[Any]) -> Any:
+                with self.counter or nullcontext():
+                    return graph.forward(inputs)
+
+            run._boxed_call = True  # type: ignore[attr-defined]
+            return run
 
         backend = aot_autograd(fw_compiler=compiler, partition_fn=min_cut_rematerialization_partition)
         compiled = torch.compile(forward, backend=backend, fullgraph=True)
         # Graphs are made in the first call.
-        with torch._functorch.config.patch(activation_memory_budget=budget):
+        with torch._functorch.config.patch(activation_memory_budget=budget):  # pyright: ignore[reportAttributeAccessIssue]
             compiled(_hidden()).square().mean().backward()
         self.forward = compiled
 
-    def count(self) -> tuple[int, int]:
-        hidden, self.counter = _hidden(), Counter()
+    def count(self) -> Counts:
+        hidden, counter = _hidden(), Counter()
+        self.counter = counter
         result = self.forward(hidden)
-        kept = self.counter.bytes(self.module, hidden, result)
+        kept = counter.kept(hidden, result)
         result.square().mean().backward()
-        flops, self.counter = self.counter.flops, None
-        return kept, flops
+        self.counter = None
+        return Counts(kept, counter.most, counter.flops)
 
 
 def _hidden() -> Tensor:
     torch.manual_seed(1)
-    return torch.randn(BATCH, LENGTH, DIM, requires_grad=True)
+    return torch.randn(1, LENGTH, DIM, requires_grad=True)
+
+
+def _ready(module: Any) -> Any:
+    """With gradients to add to: none is counted as made."""
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return module.train()
 
 
 def ours(kind: str) -> list[Way]:
@@ -168,7 +203,7 @@ def ours(kind: str) -> list[Way]:
         attention_dropout=0.0,
         **KINDS[kind],
     )
-    module = Transformer(config).train()
+    module = _ready(Transformer(config))
     blocks = list(module.blocks())
 
     def forward(hidden: Tensor) -> Tensor:
@@ -202,7 +237,6 @@ def ours(kind: str) -> list[Way]:
         Way("full, every second block", module, forward, under(Full(), every=2)),
         Way("selective, products", module, forward, under(Selective())),
         Way("selective, narrow", module, forward, under(Selective("narrow"))),
-        Way("selective, nothing kept", module, forward, under(Selective(()))),
     ]
     ways += [Way(f"budget {share}", module, forward, planned(share)) for share in BUDGETS]
     for budget in COMPILED_BUDGETS:
@@ -218,46 +252,51 @@ def theirs() -> list[Way]:
         num_attention_heads=HEADS,
         intermediate_size=4 * DIM,
         attention_probs_dropout_prob=0.0,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
     )
     torch.manual_seed(0)
-    module = BertModel(config, add_pooling_layer=False).train()
+    module = _ready(BertModel(config, add_pooling_layer=False))
 
     def forward(hidden: Tensor) -> Tensor:
         return module.encoder(hidden).last_hidden_state
 
     def apply() -> Callable[[], None]:
-        module.gradient_checkpointing_enable()
-        return module.gradient_checkpointing_disable
+        module.activation_checkpointing_enable()
+        return module.activation_checkpointing_disable
 
     return [
         Way("transformers, plain", module, forward, lambda: lambda: None),
-        Way("transformers, gradient checkpointing", module, forward, apply),
+        Way("transformers, checkpointing", module, forward, apply),
     ]
 
 
 def rows_of(kind: str, repeats: int) -> list[dict[str, Any]]:
     ways = ours(kind) + (theirs() if kind == "post" else [])
     counts = {way.name: way.count() for way in ways}
-    runs: dict[str, Callable[[], float]] = {way.name: way.seconds for way in ways}
-    times = in_turn(runs, repeats)
+    times = in_turn({way.name: way.seconds for way in ways}, repeats)
+    uniform = [one for name, one in counts.items() if name.startswith(("plain", "full", "selective"))]
     rows = []
-    for name, (kept, flops) in counts.items():
-        first = "transformers, plain" if name.startswith("transformers") else "plain"
-        middle, spread = median_and_spread(times[name])
-        rows.append(
-            {
-                "blocks": kind,
-                "policy": name,
-                "MB kept": kept / 1e6,
-                "bytes x": counts[first][0] / kept,
-                "GFLOPs": flops / 1e9,
-                "FLOPs x": flops / counts[first][1],
-                "s a step": middle,
-                "+-": spread,
-                "time x": middle / median_and_spread(times[first])[0],
-            }
-        )
+    for name, (kept, most, flops) in counts.items():
+        base = "transformers, plain" if name.startswith("transformers") else "plain"
+        first = counts[base]
+        row = {
+            "blocks": kind,
+            "policy": name,
+            "MB kept": kept / 1e6,
+            "bytes x": first.kept / kept,
+            "MB at most": most / 1e6,
+            "GFLOPs": flops / 1e9,
+            "FLOPs x": flops / first.flops,
+        }
+        if repeats:
+            middle, spread = median_and_spread(times[name])
+            row |= {"s a step": middle, "+-": spread, "time x": middle / median_and_spread(times[base])[0]}
+        row |= {"of budget": "", "best uniform": ""}
+        if name.startswith("budget"):
+            allowed = float(name.split()[1]) * first.kept
+            row["of budget"] = kept / allowed
+            row["best uniform"] = min((one.flops / first.flops for one in uniform if one.kept <= allowed), default="-")
+        rows.append(row)
     return rows
 
 
@@ -298,11 +337,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json")
     parser.add_argument("--plot")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     arguments = parser.parse_args()
     rows = [row for kind in arguments.kinds for row in rows_of(kind, arguments.repeats)]
-    report("Recomputation: 12 blocks of width 768, 2 x 128 tokens", rows, arguments.json)
+    report("Recomputation: 12 blocks of width 768, 128 tokens", rows, arguments.json)
     if arguments.plot:
         plot(rows, arguments.plot)
 

@@ -28,6 +28,7 @@ SCRIPTS = {
     "transformer_generation": ["transformer", "--part", "generation"],
     "packing": ["packing"],
     "multi_sample_dropout_cost": ["multi_sample_dropout", "--part", "cost"],
+    "recompute": ["recompute", "--plot", "docs/recompute_front.png"],
     "lookahead_syncs": ["lookahead", "--part", "syncs"],
     "lookahead_steps": ["lookahead", "--part", "steps"],
     "loss_weighting_cost": ["loss_weighting", "--part", "cost"],

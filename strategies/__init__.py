@@ -11,7 +11,6 @@ from pytorch_lightning.strategies import StrategyRegistry
 from .activation_checkpointing import (
     ActivationCheckpointing,
     checkpoint_blocks,
-    find_blocks,
     follow_plan,
     measured_costs,
     restore_blocks,
@@ -24,6 +23,7 @@ from .lookahead import Lookahead, LookaheadOptimizer, lookahead_sync
 from .loss_weighting import LossWeighting
 from .multi_sample_dropout import MultiSampleDropout, multi_sample_dropout, multi_sample_loss
 from .r_drop import RDrop, symmetric_kl
+from .recompute_blocks import find_blocks
 from .recompute_budget import cheapest
 from .recompute_policies import Full, Offload, Selective
 from .technique import Technique

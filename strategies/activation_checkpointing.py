@@ -6,9 +6,7 @@ Su Jianlin, kexue.fm/archives/7367.
 
 from __future__ import annotations
 
-import fnmatch
 import json
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,16 +17,15 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
-from ..errors import InputError
 from .overrides import Override, override_training_step
+from .recompute_blocks import Blocks, find_blocks
 from .recompute_budget import cheapest, parse_budget
 from .recompute_plan import Measurement, Plan, StepCosts
 from .recompute_policies import Full, Measured, Offload, Planned, Policy, Recompute, Selective
 from .technique import Technique
 
-Blocks = str | type[nn.Module]
 PolicyName = Literal["full", "selective", "offload", "budget"]
-PLAN_FILE = "plan.json"
+PLAN_FILE = "recompute_plan.json"
 
 
 def checkpoint_blocks(blocks: Sequence[nn.Module], policy: Policy | None = None) -> None:
@@ -62,60 +59,6 @@ def restore_blocks(blocks: Sequence[nn.Module]) -> None:
                 block.forward = recompute.forward
 
 
-def find_blocks(module: nn.Module, blocks: Blocks | Sequence[Blocks] | None = None) -> list[nn.Module]:
-    """Find the repeated units of a module, each once, outermost only.
-
-    Args:
-        module: Any module.
-        blocks: A class, a class name (`"BertLayer"`), a pattern of module names (`"encoder.layer.*"`), or several of
-            these. None asks `module.blocks()`.
-
-    Returns:
-        The matching modules in the order of `named_modules`; a block inside another one is left to the outer.
-
-    Raises:
-        InputError: If nothing matches; the message lists the repeated classes of the module.
-    """
-    if blocks is None:
-        if not callable(getattr(module, "blocks", None)):
-            raise InputError(
-                f"ActivationCheckpointing(blocks=None): {type(module).__name__} has no blocks(); name them, "
-                f"such as ActivationCheckpointing(blocks={_suggestion(module)})."
-            )
-        return list(dict.fromkeys(module.blocks()))  # type: ignore[operator]
-    wanted = [blocks] if isinstance(blocks, str | type) else list(blocks)
-    found: list[nn.Module] = []
-    inside: set[nn.Module] = set()
-    for name, child in module.named_modules():
-        if name and child not in inside and any(_matches(name, child, which) for which in wanted):
-            found.append(child)
-            inside.update(child.modules())
-    if not found:
-        raise InputError(
-            f"ActivationCheckpointing(blocks={blocks!r}): nothing in {type(module).__name__} matches; "
-            f"use a class, a class name or a pattern of module names, such as {_suggestion(module)}."
-        )
-    return found
-
-
-def _matches(name: str, child: nn.Module, which: Blocks) -> bool:
-    if isinstance(which, type):
-        return isinstance(child, which)
-    return type(child).__name__ == which or fnmatch.fnmatchcase(name, which)
-
-
-def _suggestion(module: nn.Module) -> str:
-    """Name the class most likely meant: the repeated one that holds the most parameters of its own kind."""
-    sizes: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
-    for child in module.modules():
-        if child is not module and any(True for _ in child.children()):
-            counts[type(child).__name__] += 1
-            sizes[type(child).__name__] += sum(p.numel() for p in child.parameters())
-    repeated = [name for name, _ in sizes.most_common() if counts[name] > 1]
-    return repr(repeated[0]) if repeated else '"net.layers.*"'
-
-
 class ActivationCheckpointing(Technique):
     """Recompute blocks, or most of them, in the backward pass. Card: docs/cards/activation_checkpointing.md.
 
@@ -123,14 +66,15 @@ class ActivationCheckpointing(Technique):
     blocks.
 
     Args:
-        blocks: Class, class name, pattern of module names, or a list of these; None asks the module's `blocks()`.
         policy: "full" recomputes whole blocks; "selective" all but the results named by `keep`; "offload" whole blocks,
             whose inputs wait in the host's memory; "budget" whatever meets `budget` at the fewest FLOPs.
         every: Recompute one block in so many; not with a budget, which chooses itself.
-        keep: For "selective": "products", "narrow" products, or a list of operations, see `Selective`.
-        budget: For "budget": what activations may take on a device, as bytes ("2GiB"), or as a share of what they take
-            if nothing is recomputed (0.3). The first training step is measured, with whole blocks recomputed; the plan
-            is printed and written to `plan.json` in the Trainer's `default_root_dir`.
+        budget: What may be kept for the backward pass on each device: bytes ("2GiB", or a whole number), or a share of
+            what is kept if nothing is recomputed (0.3). It makes "budget" the policy. The first training step is
+            measured, with whole blocks recomputed; the plan is printed, and written to `recompute_plan.json` in the
+            Trainer's `default_root_dir`, the run directory.
+        blocks: Class, class name, pattern of module names, or a list of these; None asks the module's `blocks()`.
+        keep: For "selective": "products", the default, "narrow" products, or a list of operations, see `Selective`.
 
     Raises:
         ValueError: If an argument is out of range, or has no effect with this policy.
@@ -138,30 +82,35 @@ class ActivationCheckpointing(Technique):
 
     def __init__(
         self,
-        blocks: Blocks | Sequence[Blocks] | None = None,
         policy: PolicyName = "full",
         every: int = 1,
-        keep: str | Sequence[str] | None = None,
         budget: float | str | None = None,
+        blocks: Blocks | Sequence[Blocks] | None = None,
+        keep: str | Sequence[str] | None = None,
     ) -> None:
         if policy not in get_args(PolicyName):
             raise ValueError(
-                f"ActivationCheckpointing(policy={policy!r}): use {', '.join(map(repr, get_args(PolicyName)))}."
+                f"ActivationCheckpointing(policy={policy!r}): use {', '.join(map(repr, get_args(PolicyName)))}; "
+                "modules are chosen with blocks=, such as blocks='BertLayer'."
             )
-        if every < 1 or (every > 1 and policy == "budget"):
-            raise ValueError(f"ActivationCheckpointing(every={every}): use 1 or more, and 1 with policy='budget'.")
-        if keep is not None and policy != "selective":
-            raise ValueError(f"ActivationCheckpointing(keep={keep!r}): needs policy='selective'.")
-        if (budget is None) == (policy == "budget"):
+        if budget is not None and policy == "full":
+            policy = "budget"
+        if budget is None and policy == "budget":
+            raise ValueError("ActivationCheckpointing(policy='budget'): say how much, budget=0.3 or budget='2GiB'.")
+        if budget is not None and policy != "budget":
             raise ValueError(
                 f"ActivationCheckpointing(policy={policy!r}, budget={budget!r}): "
-                "policy='budget' and budget=0.3 or budget='2GiB' go together."
+                "a budget chooses what is recomputed; leave out policy or budget."
             )
-        self.blocks = blocks
+        if every < 1 or (every > 1 and policy == "budget"):
+            raise ValueError(f"ActivationCheckpointing(every={every}): use 1 or more, and 1 with a budget.")
+        if keep is not None and policy != "selective":
+            raise ValueError(f"ActivationCheckpointing(keep={keep!r}): needs policy='selective'.")
         self.policy: PolicyName = policy
         self.every = every
-        self.keep = keep
         self.budget = budget
+        self.blocks = blocks
+        self.keep = keep
         self._policy = {"full": Full(), "offload": Offload()}.get(policy) or _selective(keep)
         self._allowed = None if budget is None else parse_budget(budget)
         self._attached: list[nn.Module] = []
@@ -200,15 +149,15 @@ class ActivationCheckpointing(Technique):
         if not costs.calls:
             return outputs  # the step used none of the blocks
         assert self._allowed is not None
-        allowed = self._allowed * costs.plain_bytes if self._allowed <= 1 else self._allowed
-        self._plan = cheapest(costs, int(allowed))
+        share = isinstance(self._allowed, float)
+        self._plan = cheapest(costs, int(self._allowed * costs.plain_bytes) if share else int(self._allowed))
         follow_plan(self._attached, self._plan)
         del self._measurement
         if module.trainer.is_global_zero:
-            print(self._plan.table())
             path = Path(module.trainer.default_root_dir) / PLAN_FILE
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(self._plan.as_dict(), indent=2) + "\n", encoding="utf-8")
+            print(f"{self._plan.table()}\nThe plan lies in {path}.")
         return outputs
 
 

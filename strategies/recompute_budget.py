@@ -20,11 +20,13 @@ import numpy as np
 
 from ..errors import InputError
 from .recompute_plan import CallCost, Option, Plan, StepCosts, mib
-from .recompute_regions import needed
+from .recompute_tape import needed
 
 MOST_ENUMERATED = 10
 """With more products than this in a block, results are dropped one by one, the cheapest for its bytes first."""
 CELLS = 4096
+FEWEST_BYTES = 1024
+"""A number from 1 to this is taken for a mistake, such as a share in percent."""
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
@@ -161,8 +163,8 @@ def _early_first(costs: StepCosts, options: Sequence[Option]) -> tuple[Option, .
     return tuple(ordered)
 
 
-def parse_budget(budget: float | str) -> float:
-    """A share of the plain bytes as it is, 0 to 1; bytes of "2GiB" or "500MB".
+def parse_budget(budget: float | str) -> float | int:
+    """What was allowed: a share of the plain bytes, 0 to 1, as a float; or bytes as an int.
 
     Raises:
         ValueError: neither.
@@ -170,9 +172,12 @@ def parse_budget(budget: float | str) -> float:
     if isinstance(budget, str):
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)", budget.strip(), re.IGNORECASE)
         if found is not None and float(found[1]):
-            return float(found[1]) * UNITS[found[2].upper()]
-    elif 0 < budget <= 1:
+            return int(float(found[1]) * UNITS[found[2].upper()])
+    elif 0 < budget <= 1 and not isinstance(budget, bool):
         return float(budget)
+    elif budget >= FEWEST_BYTES and math.isfinite(budget):
+        return int(budget)
     raise ValueError(
-        f"ActivationCheckpointing(budget={budget!r}): use bytes such as '2GiB', or a share from 0 to 1 such as 0.3."
+        f"ActivationCheckpointing(budget={budget!r}): use bytes, such as '2GiB' or {2 * 2**30}, or a share from "
+        "0 to 1, such as 0.3."
     )

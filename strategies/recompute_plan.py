@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .recompute_regions import Key, Region
+from .recompute_tape import Key, Tape, address
 
 
 @dataclass(frozen=True)
@@ -176,28 +176,28 @@ class Plan:
 
 @dataclass
 class Measurement:
-    """Collects what the regions of a step show.
+    """Collects what a step's blocks do.
 
     Args:
         blocks: with their names.
     """
 
     blocks: dict[str, nn.Module]
-    _calls: list[tuple[int, Region]] = field(default_factory=list)
+    _calls: list[tuple[int, Tape, list[int]]] = field(default_factory=list)
     _base: dict[int, tuple[StorageWeakRef, int]] = field(default_factory=dict)
 
-    def note(self, block: nn.Module, region: Region) -> None:
-        """Take in a region that is done; see `recompute_policies.Measured`."""
-        self._calls.append((list(self.blocks.values()).index(block), region))
+    def note(self, block: nn.Module, tape: Tape, flops: list[int]) -> None:
+        """Take in what a block did; see `recompute_policies.Measured`."""
+        self._calls.append((list(self.blocks.values()).index(block), tape, flops))
 
     @contextmanager
     def counting(self, module: nn.Module) -> Iterator[None]:
-        """Count what is saved outside the regions, their inputs included."""
+        """Count what is saved outside the blocks, their inputs included."""
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             # Asked each time: under ZeRO stage 3 weights come and go.
-            own = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
+            own = {address(t) for t in (*module.parameters(), *module.buffers())}
             if storage._cdata not in own and storage._cdata not in self._base:
                 self._base[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
             return tensor
@@ -208,20 +208,12 @@ class Measurement:
     def costs(self) -> StepCosts:
         """The costs of the step."""
         calls = []
-        for block, region in self._calls:
-            tape = region.tape
+        for block, tape, flops in self._calls:
             products = tuple(
-                ProductCost(
-                    product.key,
-                    product.needs,
-                    self._bytes(product.storages),
-                    product.flops,
-                    number not in tape.spoiled,
-                )
-                for number, product in enumerate(tape.products)
+                ProductCost(product.key, product.needs, self._bytes(product.storages), count, not product.spoiled)
+                for product, count in zip(tape.products, flops, strict=True)
             )
-            made = {storage: size for storage, size in tape.saved.items() if storage in tape.sources}
-            calls.append(CallCost(block, products, tape.roots(), self._bytes(made)))
+            calls.append(CallCost(block, products, tape.roots(), self._bytes(tape.kept())))
         return StepCosts(tuple(self.blocks), tuple(calls), sum(size for _, size in self._base.values()))
 
     def _bytes(self, storages: dict[int, int]) -> int:

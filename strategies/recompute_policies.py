@@ -6,6 +6,7 @@ Source: T. Chen et al. "Training Deep Nets with Sublinear Memory Cost" (arXiv 16
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -20,11 +21,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ..errors import InputError
-from ..nn.flops import KEPT_PRODUCTS, is_product
-from .recompute_regions import Key, Operation, Region
+from ..nn.flops import KEPT_PRODUCTS, flops_of, is_product
+from .recompute_regions import Region
+from .recompute_tape import Key, Operation, Tape
 
 WIDE = 3
-"""`keep="narrow"` recomputes a product whose result has more than so many times the values of its first factor."""
 SMALLEST_OFFLOADED = 1024
 
 
@@ -50,9 +51,10 @@ class Recompute:
                     f"ActivationCheckpointing: {type(self.block).__name__} was given a {type(value).__name__} while "
                     "training, which would grow twice; train without it (use_cache=False)."
                 )
-        options = self.policy.compiled() if torch.compiler.is_compiling() else None
+        # A compiler follows no second run of which the statistics are frozen.
+        options = self.policy.compiled() if torch.compiler.is_compiling() and not self.norms else None
         if options is None:
-            return run(self, args, kwargs)  # pyright: ignore[reportCallIssue]
+            return _run_eagerly(self, args, kwargs)  # pyright: ignore[reportCallIssue]
         return checkpoint(self.forward, *args, use_reentrant=False, **options, **kwargs)  # pyright: ignore[reportCallIssue]
 
     def second_run(self) -> AbstractContextManager:
@@ -81,23 +83,26 @@ class FrozenStatistics:
             norm.num_batches_tracked.copy_(batches)  # type: ignore[union-attr]
 
 
-class Policy:
-    """What is recomputed of a block. The base: all of it."""
+class Policy(ABC):
+    """What is recomputed of a block."""
 
+    @abstractmethod
     def run(self, recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the block forward."""
-        again = recompute.second_run()
-        if recompute.norms:
-            return _checkpointed(recompute.forward, args, kwargs, context_fn=lambda: (nullcontext(), again))
-        return _checkpointed(recompute.forward, args, kwargs)
 
     def compiled(self) -> dict[str, Any] | None:
-        """Arguments of `checkpoint` for a compiler to follow; None: the block runs without it."""
-        return {}
+        """Arguments of torch's `checkpoint` for a compiler to follow; None: the block runs without one."""
+        return None
 
 
 class Full(Policy):
-    """Recompute whole blocks."""
+    """Recompute whole blocks, but for products at their end that the backward pass does not need."""
+
+    def run(self, recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _run_region(Region(recompute.block, lambda operation: False), recompute, args, kwargs)[0]
+
+    def compiled(self) -> dict[str, Any]:
+        return {}
 
 
 @dataclass(frozen=True)
@@ -105,8 +110,8 @@ class Selective(Policy):
     """Keep the results of some operations, recompute the rest.
 
     Args:
-        keep: "products" (matrix products, convolutions and attention kernels), "narrow" (those of them whose result
-            is at most three times as wide as what goes in), or names of operations, such as ("addmm", "gelu").
+        keep: "products" (matrix products, convolutions and attention kernels), "narrow" (those of them that are not
+            cheap for what their result takes, see `is_cheap`), or names of operations, such as ("addmm", "gelu").
 
     Raises:
         ValueError: there is no such operation.
@@ -130,15 +135,13 @@ class Selective(Policy):
 
     def run(self, recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         names = frozenset() if isinstance(self.keep, str) else frozenset(self.keep)
-        return run_region(Region(recompute.block, self.keeps, names), recompute, args, kwargs)
+        return _run_region(Region(recompute.block, self.keeps, names), recompute, args, kwargs)[0]
 
     def keeps(self, operation: Operation) -> bool:
         """Whether the result of this operation is kept."""
         if not isinstance(self.keep, str):
             return operation.key[0] in self.keep
-        if not is_product(operation.function):
-            return False
-        return self.keep == "products" or not is_wide(operation)
+        return is_product(operation.function) and not (self.keep == "narrow" and is_cheap(operation))
 
     def compiled(self) -> dict[str, Any] | None:
         if self.keep == "narrow":
@@ -148,15 +151,12 @@ class Selective(Policy):
         return {"context_fn": partial(create_selective_checkpoint_contexts, kept)}
 
 
-class Offload(Policy):
+class Offload(Full):
     """Recompute whole blocks, and keep their inputs in the host's memory."""
 
     def run(self, recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with torch.autograd.graph.saved_tensors_hooks(to_host, to_device):
             return super().run(recompute, args, kwargs)
-
-    def compiled(self) -> None:
-        return None
 
 
 @dataclass
@@ -175,45 +175,67 @@ class Planned(Policy):
         self._next = (self._next + 1) % len(self.calls)
         if kept is None:
             return recompute.forward(*args, **kwargs)
-        return run_region(Region(recompute.block, lambda operation: operation.key in kept), recompute, args, kwargs)
-
-    def compiled(self) -> None:
-        return None
+        region = Region(recompute.block, lambda operation: operation.key in kept)
+        return _run_region(region, recompute, args, kwargs)[0]
 
 
 class Measured(Policy):
-    """Recompute whole blocks, and hand each region to `note(block, region)`."""
+    """Recompute whole blocks, and tell what each of them did.
 
-    def __init__(self, note: Callable[[nn.Module, Region], None]) -> None:
+    Args:
+        note: given the block, what ran in it, and the FLOPs of its products.
+    """
+
+    def __init__(self, note: Callable[[nn.Module, Tape, list[int]], None]) -> None:
         self.note = note
 
     def run(self, recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        region = Region(recompute.block, lambda operation: False, measure=True)
-        result = run_region(region, recompute, args, kwargs)
-        self.note(recompute.block, region)
-        return result
+        flops: list[int] = []
 
-    def compiled(self) -> None:
-        return None
+        def count(operation: Operation) -> bool:
+            flops.append(flops_of(operation.function, operation.args, operation.kwargs, operation.result))
+            return False
+
+        result, tape = _run_region(Region(recompute.block, count), recompute, args, kwargs)
+        self.note(recompute.block, tape, flops)
+        return result
 
 
 @torch.compiler.disable
-def run(recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a block forward under its policy, without a compiler: both runs have to be alike."""
+def _run_eagerly(recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a block forward without a compiler, which would not give the same operations twice."""
     return recompute.policy.run(recompute, args, kwargs)
 
 
-def run_region(region: Region, recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a block forward within a region."""
-    result = _checkpointed(recompute.forward, args, kwargs, context_fn=region.contexts(recompute.second_run()))
-    region.finish()
-    return result
+def _run_region(
+    region: Region, recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Tape]:
+    """Run a block forward within a region; returns the block's result, and what ran in it."""
+    # As positional ones: torch keeps those as autograd does, and tensors among keyword arguments as they are.
+    leaves, spec = tree_flatten((args, kwargs))
+
+    def forward(*leaves: Any) -> Any:
+        args, kwargs = tree_unflatten(leaves, spec)
+        return recompute.forward(*args, **kwargs)
+
+    contexts = region.contexts(recompute.second_run())
+    result = checkpoint(forward, *leaves, use_reentrant=False, context_fn=contexts)
+    return result, region.finish()
 
 
-def is_wide(operation: Operation) -> bool:
-    """Whether the result of a product has many more values than its first factor."""
-    factor = operation.args[1 if operation.key[0] in ("addmm", "baddbmm") else 0]
-    result = operation.result[0] if isinstance(operation.result, tuple) else operation.result
+def is_cheap(operation: Operation) -> bool:
+    """Whether a product takes few FLOPs for each value of its result.
+
+    One whose result is more than three times as wide as its first factor; attention at fewer FLOPs than a square linear
+    layer on the same values, which is over fewer keys than half the width.
+    """
+    name, args, result = operation.key[0], operation.args, operation.result
+    if "attention" in name:
+        query, output = args[0], result[0]
+        heads = query.shape[1] if name.startswith("_scaled") else query.shape[-2]
+        flops = flops_of(operation.function, args, operation.kwargs, result)
+        return flops < 2 * output.numel() * heads * query.shape[-1]
+    factor = args[1 if name in ("addmm", "baddbmm") else 0]
     return result.numel() > WIDE * factor.numel()
 
 
@@ -250,17 +272,6 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     if device not in _STREAMS:
         _STREAMS[device] = torch.cuda.Stream(device)
     return _STREAMS[device]
-
-
-def _checkpointed(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], **options: Any) -> Any:
-    """torch's `checkpoint`, with tensors among the keyword arguments treated as the others are."""
-    leaves, spec = tree_flatten((args, kwargs))
-
-    def run(*leaves: Any) -> Any:
-        args, kwargs = tree_unflatten(leaves, spec)
-        return forward(*args, **kwargs)
-
-    return checkpoint(run, *leaves, use_reentrant=False, **options)
 
 
 def _overloads(name: str) -> list[Any]:

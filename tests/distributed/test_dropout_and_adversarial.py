@@ -22,7 +22,7 @@ DIVIDE = {"config": {"zero_optimization": {"stage3_param_persistence_threshold":
 TECHNIQUES = {
     "multi_sample": lambda module: [MultiSampleDropout(3, 0.5, head="bert.classifier" if module == "bert" else None)],
     "fgm": lambda module: [FGM(0.5)],
-    "fgm_recomputed": lambda module: [FGM(0.5), ActivationCheckpointing(MODULES[module].block_names)],
+    "fgm_recomputed": lambda module: [FGM(0.5), ActivationCheckpointing(blocks=MODULES[module].block_names)],
     "r_drop": lambda module: [RDrop(2.0)],
 }
 SEEN: list[Any] = []

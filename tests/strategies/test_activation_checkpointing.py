@@ -178,8 +178,9 @@ def test_blocks_are_found_by_method_class_name_and_pattern() -> None:
         find_blocks(nn.Sequential(net))
 
 
-def test_compiled_blocks_give_the_same_numbers() -> None:
-    plain, recomputed = pair(depth=2, dropout=0.0)
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_compiled_blocks_give_the_same_numbers(batch_norm: bool) -> None:
+    plain, recomputed = pair(depth=2, dropout=0.0, batch_norm=batch_norm)
     compiled = torch.compile(recomputed, backend="aot_eager")
     torch.manual_seed(5)
     x = torch.randn(32, 16)
@@ -187,3 +188,5 @@ def test_compiled_blocks_give_the_same_numbers() -> None:
         net(x).pow(2).mean().backward()
     for a, b in zip(plain.parameters(), recomputed.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-7)
+    for a, b in zip(plain.buffers(), recomputed.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)

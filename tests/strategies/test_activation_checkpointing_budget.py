@@ -35,7 +35,7 @@ from kexue.strategies import (
 )
 from kexue.strategies.recompute_budget import MOST_ENUMERATED, options_of, parse_budget
 from kexue.strategies.recompute_plan import CallCost, Plan, ProductCost, StepCosts
-from kexue.strategies.recompute_regions import needed
+from kexue.strategies.recompute_tape import needed
 
 SHARES = (0.12, 0.25, 0.4, 0.6, 0.8)
 
@@ -199,10 +199,11 @@ def test_too_little_is_explained() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [(0.3, 0.3), (1, 1.0), ("2GiB", 2 * 2**30), ("1.5 gb", 1.5e9), ("300MiB", 300 * 2**20)]
+    ("text", "size"), [(0.3, 0.3), (1, 1.0), (5000, 5000), (2e9, 2 * 10**9), ("2GiB", 2**31), ("1.5 gb", 1500000000)]
 )
-def test_budgets_in_words(text: Any, size: float) -> None:
+def test_budgets_are_a_share_or_bytes(text: Any, size: float) -> None:
     assert parse_budget(text) == size
+    assert type(parse_budget(text)) is type(size)
 
 
 # In a Trainer
@@ -232,13 +233,22 @@ class Module(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def train(techniques: list[Any], folder: Path, **options: Any) -> tuple[Module, list[Tensor]]:
-    module = Module(options.pop("manual", False))
+def train(
+    techniques: list[Any],
+    folder: Path,
+    *,
+    manual: bool = False,
+    max_epochs: int = 1,
+    resume: Path | None = None,
+    save: Path | None = None,
+    **options: Any,
+) -> tuple[Module, list[Tensor]]:
+    module = Module(manual)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
         strategy=SingleDevice(techniques),
-        max_epochs=1,
+        max_epochs=max_epochs,
         default_root_dir=folder,
         logger=False,
         enable_checkpointing=False,
@@ -247,7 +257,9 @@ def train(techniques: list[Any], folder: Path, **options: Any) -> tuple[Module, 
         **options,
     )
     torch.manual_seed(4)
-    trainer.fit(module, DataLoader(torch.randint(0, 50, (12, 16)), batch_size=4))
+    trainer.fit(module, DataLoader(torch.randint(0, 50, (12, 16)), batch_size=4), ckpt_path=resume)
+    if save is not None:
+        trainer.save_checkpoint(save)
     return module, [parameter.detach().clone() for parameter in module.parameters()]
 
 
@@ -257,12 +269,12 @@ def train(techniques: list[Any], folder: Path, **options: Any) -> tuple[Module, 
 def test_a_run_plans_after_its_first_step(
     options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    technique = ActivationCheckpointing(policy="budget", budget=0.4)
+    technique = ActivationCheckpointing(budget=0.4)
     plain, expected = train([], tmp_path / "plain", **options)
     module, weights = train([technique], tmp_path / "run", **options)
     assert module.losses == plain.losses
     assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
-    written = json.loads((tmp_path / "run" / "plan.json").read_text())
+    written = json.loads((tmp_path / "run" / "recompute_plan.json").read_text())
     assert written["kept_bytes"] <= written["budget_bytes"] == int(0.4 * written["plain_bytes"])
     assert [call["block"] for call in written["calls"]] == [f"net.layers.blocks.{i}" for i in range(3)]
     assert written["recomputed_flops"] == sum(call["recomputed_flops"] for call in written["calls"])
@@ -281,7 +293,7 @@ def test_beside_techniques_that_run_the_step_twice(other: Any, last: bool, tmp_p
     module, weights = train([other(), budget] if last else [budget, other()], tmp_path / "run")
     assert module.losses == plain.losses
     assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
-    calls = json.loads((tmp_path / "run" / "plan.json").read_text())["calls"]
+    calls = json.loads((tmp_path / "run" / "recompute_plan.json").read_text())["calls"]
     assert len(calls) == (6 if last else 3)  # behind the other technique, both of its passes count
 
 
@@ -290,4 +302,15 @@ def test_offloading_on_a_cpu_warns(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"policy='offload'\) has no effect beyond policy='full' on CPUs"):
         module, weights = train([ActivationCheckpointing(policy="offload")], tmp_path)
     assert module.losses == plain.losses
+    assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+
+
+def test_resumes_under_another_policy(tmp_path: Path) -> None:
+    """A policy is no part of a checkpoint: one epoch without, then one with a budget, are two epochs without."""
+    plain, expected = train([], tmp_path / "plain", max_epochs=2)
+    train([], tmp_path / "first", save=tmp_path / "epoch.ckpt")
+    module, weights = train(
+        [ActivationCheckpointing(budget=0.4)], tmp_path, max_epochs=2, resume=tmp_path / "epoch.ckpt"
+    )
+    assert module.losses == plain.losses[3:]
     assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))

@@ -35,7 +35,6 @@ POLICIES = {
     "full": Full(),
     "products": Selective("products"),
     "narrow": Selective("narrow"),
-    "nothing kept": Selective(()),
     "named": Selective(("addmm", "gelu")),
     "offload": Offload(),
     "budget": None,
@@ -251,7 +250,7 @@ def test_without_passing_over_random_numbers_the_same_test_fails(monkeypatch: py
 
 def test_left_out_products_show_if_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the wrong products left out, gradients are no numbers: never wrong ones that look right."""
-    plain, recomputed = pair("plain", "nothing kept")
+    plain, recomputed = pair("plain", "full")
     assert_equal(step(plain), step(recomputed))
     monkeypatch.setattr("kexue.strategies.recompute_regions.needed", lambda *_: (set(), set()))
     assert any(gradient.isnan().any() for gradient in step(recomputed)["gradients"])
@@ -296,10 +295,9 @@ LAST = LAYERS * TOKENS * 8 * DIM**2  # of their last products
 @pytest.mark.parametrize(
     ("norm", "dropout", "policy", "again"),
     [
-        ("pre", 0.1, "full", FORWARD),
         ("pre", 0.0, "full", FORWARD - LAST),  # ends before the last product, whose result nobody needs
-        ("pre", 0.1, "nothing kept", FORWARD - LAST),  # leaves it out also where a mask is drawn after it
-        ("post", 0.1, "nothing kept", FORWARD),  # a norm needs it
+        ("pre", 0.1, "full", FORWARD - LAST),  # leaves it out also where a mask is drawn after it
+        ("post", 0.1, "full", FORWARD),  # a norm needs it
         ("pre", 0.1, "products", 0),
         ("pre", 0.1, "narrow", LAYERS * TOKENS * 8 * DIM**2),  # the inner product
     ],
@@ -314,12 +312,11 @@ def test_saved_bytes() -> None:
     _, everything = counts(encoder())
     module = encoder()
     saved = {}
-    for policy in ("products", "narrow", "full", "nothing kept"):
+    for policy in ("products", "narrow", "full"):
         apply(module, policy)
         _, saved[policy] = counts(module)
         restore_blocks(list(module.blocks()))
     hidden = TOKENS * DIM * 4
-    assert saved["full"] == saved["nothing kept"]
     # Scores and their weighted sum, projections to 3, 1 and 4 times the width; the last product is not needed again.
     scores = 4 * 2 * 16 * 16 * 4
     assert saved["products"] - saved["full"] == LAYERS * (9 * hidden + scores)
@@ -458,17 +455,24 @@ def _generated(module: Transformer) -> Tensor:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"policy": "half"}, r"policy='half'\): use 'full', 'selective', 'offload', 'budget'"),
+        ({"policy": "half"}, r"policy='half'\): use 'full', 'selective', 'offload', 'budget'; modules"),
         ({"every": 0}, r"every=0\): use 1 or more"),
-        ({"every": 2, "policy": "budget", "budget": 0.5}, r"every=2\): use 1 or more, and 1 with policy='budget'"),
+        ({"every": 2, "policy": "budget", "budget": 0.5}, r"every=2\): use 1 or more, and 1 with a budget"),
+        ({"every": 2, "budget": 0.5}, r"every=2\): use 1 or more, and 1 with a budget"),
         ({"keep": ["mm"]}, r"keep=\['mm'\]\): needs policy='selective'"),
         ({"policy": "selective", "keep": "wide"}, r"keep='wide'\): use 'products', 'narrow', or a list"),
         ({"policy": "selective", "keep": ["mn"]}, r"torch.ops has no operation mn"),
-        ({"policy": "budget"}, r"policy='budget' and budget=0.3 or budget='2GiB' go together"),
-        ({"budget": 0.3}, r"policy='budget' and budget=0.3 or budget='2GiB' go together"),
-        ({"policy": "budget", "budget": 1.5}, r"budget=1.5\): use bytes such as '2GiB', or a share"),
-        ({"policy": "budget", "budget": "much"}, r"budget='much'\): use bytes such as '2GiB', or a share"),
-        ({"policy": "budget", "budget": 0}, r"budget=0\): use bytes such as '2GiB', or a share"),
+        ({"policy": "budget"}, r"policy='budget'\): say how much, budget=0.3 or budget='2GiB'"),
+        ({"policy": "offload", "budget": 0.3}, r"budget=0.3\): a budget chooses .* leave out policy or budget"),
+        ({"budget": 30}, r"budget=30\): use bytes, such as '2GiB' or \d+, or a share"),
+        ({"budget": float("nan")}, r"budget=nan\): use bytes"),
+        ({"budget": -0.5}, r"budget=-0.5\): use bytes"),
+        ({"policy": "budget", "budget": 1.5}, r"budget=1.5\): use bytes, such as '2GiB' or \d+, or a share"),
+        (
+            {"policy": "budget", "budget": "much"},
+            r"budget='much'\): use bytes, such as '2GiB' or \d+, or a share",
+        ),
+        ({"policy": "budget", "budget": 0}, r"budget=0\): use bytes, such as '2GiB' or \d+, or a share"),
     ],
 )
 def test_arguments_are_explained(arguments: dict[str, Any], message: str) -> None:
@@ -483,7 +487,6 @@ def test_tensors_of_a_cpu_stay_where_they_are() -> None:
     assert to_device(kept) is tensor
 
 
-@pytest.mark.gpu
 @pytest.mark.gpu
 def test_inputs_wait_in_the_hosts_memory() -> None:
     net = Net().cuda()

@@ -16,10 +16,10 @@ from kexue.strategies import DDP, EMA, ActivationCheckpointing, Lookahead, Singl
 
 TECHNIQUES = {
     "none": lambda blocks: [],
-    "activation_checkpointing": lambda blocks: [ActivationCheckpointing(blocks)],
+    "activation_checkpointing": lambda blocks: [ActivationCheckpointing(blocks=blocks)],
     "lookahead": lambda blocks: [Lookahead(k=2, alpha=0.5)],
     "ema": lambda blocks: [EMA(decay=0.6)],
-    "both": lambda blocks: [ActivationCheckpointing(blocks), Lookahead(k=2, alpha=0.5)],
+    "both": lambda blocks: [ActivationCheckpointing(blocks=blocks), Lookahead(k=2, alpha=0.5)],
 }
 BASES = ("ddp", "zero_1", "zero_2", "zero_3")
 
