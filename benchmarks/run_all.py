@@ -26,6 +26,7 @@ SCRIPTS = {
     "event_decoding": ["event_decoding"],
     "transformer_training": ["transformer", "--part", "training"],
     "transformer_generation": ["transformer", "--part", "generation"],
+    "transformer_products": ["transformer", "--part", "products"],
     "packing": ["packing"],
     "multi_sample_dropout_cost": ["multi_sample_dropout", "--part", "cost"],
     "lookahead_syncs": ["lookahead", "--part", "syncs"],
