@@ -35,7 +35,8 @@ SCRIPTS = {
 LONG = {
     "gplinker_duee": ["gplinker_duee"],
     "multi_sample_dropout": ["multi_sample_dropout", "--part", "pictures"],
-    "deepnorm_depth": ["deepnorm_depth", "--plot", "docs/deepnorm_update.png"],
+    "deepnorm_depth": ["deepnorm_depth", "--part", "updates"],
+    "deepnorm_depth_training": ["deepnorm_depth", "--part", "training", "--plot", "docs/deepnorm_update.png"],
 }
 NEED_DATA = ("packing", "gplinker_duee", "multi_sample_dropout")
 REMARKS = {
