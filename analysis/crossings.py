@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from ..errors import InputError
 from ..nn.transformer.config import KERNELS, TransformerConfig
-from .transformer_cost import Part, TransformerCost, Workload, transformer_cost
+from .transformer_cost import TransformerCost, transformer_cost
+from .transformer_parts import Part, Workload
 
 
 class Growth(NamedTuple):

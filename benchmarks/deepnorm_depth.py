@@ -5,23 +5,27 @@ the learning rate in every weight, for depths from 6 to 1000 layers. The analysi
 the constants for Adam, a step in those alone moves the output as far at any depth. The shifts of the norms stand behind
 alpha, add up over the layers, and are what is seen when all weights move.
 
-Training: next-character prediction on the project's own generated sentences, with Adam and without warmup, the norms
-held at weight 1 and shift 0, and once with norms that train. A network that carries nothing from its input to its
+Training: next-character prediction on the project's own generated sentences, with Adam, all weights trained. The norms
+have the rate over their number, since what one step does to them adds up over the layers; nothing is warmed up. "one
+rate" has one small rate for all weights, reached in 20 steps. A network that carries nothing from its input to its
 output can learn how often characters occur, and stalls at the entropy of that; what one character says of the next
 allows the second figure.
 
-    python benchmarks/deepnorm_depth.py [--json FILE] [--plot FILE] [--layers 1000] [--steps 160]
+    python benchmarks/deepnorm_depth.py --part updates [--json FILE]
+    python benchmarks/deepnorm_depth.py --part training [--json FILE] [--plot FILE] [--layers 1000] [--steps 200]
 
-With `--json results/deepnorm_depth.json` the losses go to `results/deepnorm_depth_training.json`.
+The plot takes the updates from benchmarks/results.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -40,11 +44,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "deepnorm (paper)": {"norm": "deepnorm"},
     "deepnorm (adam)": {"norm": "deepnorm", "deepnorm_constants": "adam"},
 }
-TRAINED = {"post": True, "deepnorm (paper)": True, "deepnorm (paper), norms train": False}  # whether norms are held
+TRAINED = ("post", "deepnorm (paper)", "post, one rate", "deepnorm (paper), one rate")
+UPDATES = Path(__file__).parent / "results" / "deepnorm_depth.json"
 DEPTHS = (6, 12, 24, 48, 96, 192, 384, 1000)
 DIM, CHARACTERS, SENTENCES = 16, 64, 2000
 BATCH, LENGTH = 8, 16
-RATE, SMALL_RATE = 3e-3, 1e-4
+RATE, ONE_RATE, SMALL_RATE = 3e-3, 2e-4, 1e-4
+WARMUP, MEAN = 20, 20
 
 
 def stream() -> Tensor:
@@ -114,26 +120,62 @@ def update_size(kind: str, layers: int, ids: Tensor, seed: int, weights: str = "
         return float((module(inputs) - before).square().mean().sqrt())
 
 
-def losses(kind: str, layers: int, ids: Tensor, steps: int, hold_norms: bool = True, seed: int = 0) -> list[float]:
-    """The loss of every step."""
+def update_rows() -> list[dict[str, Any]]:
+    """Update sizes by depth, in all weights and in matrices."""
+    ids, rows = stream(), []
+    for weights in ("all", "matrices"):
+        for depth in DEPTHS:
+            seeds = range(3 if depth < 100 else 1)
+            sizes = {k: statistics.fmean(update_size(k, depth, ids, seed, weights) for seed in seeds) for k in KINDS}
+            rows.append({"weights": weights, "layers": depth, **sizes})
+    return rows
+
+
+def losses(name: str, layers: int, ids: Tensor, steps: int, seed: int = 0) -> list[float]:
+    """The loss of every step of one of `TRAINED`."""
+    kind, one_rate = name.removesuffix(", one rate"), name.endswith(", one rate")
     module, generator = make(kind, layers, seed), torch.Generator().manual_seed(seed)
-    for part in module.modules():
-        if isinstance(part, nn.LayerNorm):
-            part.requires_grad_(not hold_norms)
-    optimizer = torch.optim.Adam((p for p in module.parameters() if p.requires_grad), lr=RATE, fused=True)
+    norms = [part for part in module.modules() if isinstance(part, nn.LayerNorm)]
+    shares: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    of_norms = {id(parameter) for norm in norms for parameter in norm.parameters()}
+    for parameter in module.parameters():
+        shares[id(parameter) in of_norms].append(parameter)
+    rates = (ONE_RATE, ONE_RATE) if one_rate else (RATE, RATE / len(norms))
+    groups: list[dict[str, Any]] = [{"params": shares[of], "lr": rates[of]} for of in (False, True)]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98), fused=True)
+    warmup = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / WARMUP) if one_rate else 1.0
+    )
     found = []
     for _ in range(steps):
         loss = loss_of(module, *batch_of(ids, generator))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        warmup.step()
         found.append(loss.item())
     return found
 
 
-def draw(
-    path: str, updates: Sequence[dict[str, Any]], curves: dict[str, list[float]], layers: int, ids: Tensor
-) -> None:
+def training_rows(layers: int, steps: int, processes: int) -> list[dict[str, Any]]:
+    """Mean losses of all `TRAINED`, and the two entropies, by step."""
+    ids = stream()
+    single, pair = entropies(ids)
+    with ProcessPoolExecutor(processes) as pool:
+        runs = {name: pool.submit(losses, name, layers, ids, steps) for name in TRAINED}
+        curves = {name: run.result() for name, run in runs.items()}
+    return [
+        {
+            "until step": end,
+            **{name: statistics.fmean(curve[end - MEAN : end]) for name, curve in curves.items()},
+            "entropy": single,
+            "given one": pair,
+        }
+        for end in range(MEAN, steps + 1, MEAN)
+    ]
+
+
+def draw(path: str, updates: Sequence[dict[str, Any]], training: Sequence[dict[str, Any]], layers: int) -> None:
     """Three panels: update size by depth in all weights and in matrices, and losses of the deep networks."""
     import matplotlib
 
@@ -150,64 +192,43 @@ def draw(
         panel.set(xlabel="layers", ylabel="RMS change of the output", title=title, ylim=(3e-4, 20))
         panel.legend(loc="upper left")
         panel.grid(alpha=0.3)
-    for name, curve in curves.items():
-        colour, style = (colours[name], "-") if name in colours else ("tab:purple", "--")
-        right.plot(curve, color=colour, alpha=0.25, linewidth=1)
-        right.plot(range(9, len(curve)), _running(curve, 10), style, color=colour, label=name)
-    for height, words in zip(entropies(ids), ("", ", given the one before"), strict=True):
-        right.axhline(height, color="grey", linestyle="--", linewidth=1)
+    places = [row["until step"] for row in training]
+    for name in TRAINED:
+        colour, style = colours[name.removesuffix(", one rate")], "o--" if name.endswith(", one rate") else "o-"
+        right.plot(places, [row[name] for row in training], style, color=colour, label=name, markersize=4)
+    for column, words in (("entropy", ""), ("given one", ", given the one before")):
+        height = training[0][column]
+        right.axhline(height, color="grey", linestyle=":", linewidth=1)
         right.annotate(
-            f"entropy of a character{words}", (0, height), (0, -3), textcoords="offset points", va="top", color="grey"
-        )
-    title = f"{layers} layers, Adam {RATE:g}, no warmup, norms held"
-    right.set(xlabel="step", ylabel="loss (nats a character)", title=title, ylim=(1.75, None))
-    right.legend(loc="upper right")
+            f"entropy of a character{words}", (places[0], height), (0, -3), textcoords="offset points", va="top",
+            color="grey",
+        )  # fmt: skip
+    title = f"{layers} layers, Adam, all weights trained"
+    right.set(xlabel="step", ylabel=f"mean loss of {MEAN} steps (nats a character)", title=title, ylim=(1.75, None))
+    right.legend(loc="lower left", bbox_to_anchor=(0, 0.12))
     right.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
 
-def _running(values: Sequence[float], width: int) -> list[float]:
-    return [statistics.fmean(values[end - width : end]) for end in range(width, len(values) + 1)]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("updates", "training"), required=True)
     parser.add_argument("--json")
     parser.add_argument("--plot")
     parser.add_argument("--layers", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
-    ids = stream()
-
-    updates = []
-    for weights in ("all", "matrices"):
-        for depth in DEPTHS:
-            seeds = range(3 if depth < 100 else 1)
-            sizes = {k: statistics.fmean(update_size(k, depth, ids, seed, weights) for seed in seeds) for k in KINDS}
-            updates.append({"weights": weights, "layers": depth, **sizes})
-    report(f"DeepNorm: change of the output by the first step of Adam, rate {SMALL_RATE:g}", updates, arguments.json)
-
-    curves = {}
-    for name, hold_norms in TRAINED.items():
-        kind = name.removesuffix(", norms train")
-        curves[name] = losses(kind, arguments.layers, ids, arguments.steps, hold_norms)
-    single, pair = entropies(ids)
-    rows = [
-        {
-            "steps": f"{end - 20} to {end}",
-            **{name: statistics.fmean(curve[end - 20 : end]) for name, curve in curves.items()},
-            "entropy": single,
-            "given one": pair,
-        }
-        for end in range(20, arguments.steps + 1, 20)
-    ]
-    second = None
-    if arguments.json:
-        path = Path(arguments.json)
-        second = path.with_name(f"{path.stem}_training{path.suffix}")
-    report(f"DeepNorm: mean loss at {arguments.layers} layers, Adam {RATE:g} without warmup", rows, second)
+    if arguments.part == "updates":
+        title = f"DeepNorm: change of the output by the first step of Adam, rate {SMALL_RATE:g}"
+        report(title, update_rows(), arguments.json)
+        return
+    rows = training_rows(arguments.layers, arguments.steps, arguments.processes)
+    title = f"DeepNorm: mean loss of {MEAN} steps at {arguments.layers} layers, Adam {RATE:g}, or {ONE_RATE:g} for all"
+    report(title, rows, arguments.json)
     if arguments.plot:
-        draw(arguments.plot, updates, curves, arguments.layers, ids)
+        updates = json.loads(UPDATES.read_text(encoding="utf-8"))["rows"]
+        draw(arguments.plot, updates, rows, arguments.layers)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ SCRIPTS = {
     "event_decoding": ["event_decoding"],
     "transformer_training": ["transformer", "--part", "training"],
     "transformer_generation": ["transformer", "--part", "generation"],
+    "transformer_products": ["transformer", "--part", "products"],
     "packing": ["packing"],
     "multi_sample_dropout_cost": ["multi_sample_dropout", "--part", "cost"],
     "recompute": ["recompute", "--plot", "docs/recompute_front.png"],
@@ -45,7 +46,8 @@ LONG = {
         "docs/multi_sample_dropout_smoothed.png",
     ],
     "label_smoothing": ["label_smoothing", "--plot", "docs/label_smoothing.png"],
-    "deepnorm_depth": ["deepnorm_depth", "--plot", "docs/deepnorm_update.png"],
+    "deepnorm_depth": ["deepnorm_depth", "--part", "updates"],
+    "deepnorm_depth_training": ["deepnorm_depth", "--part", "training", "--plot", "docs/deepnorm_update.png"],
     "loss_weighting_digits": ["loss_weighting", "--part", "digits"],
 }
 NEED_DATA = ("packing", "gplinker_duee", "multi_sample_dropout", "multi_sample_dropout_smoothed", "label_smoothing")

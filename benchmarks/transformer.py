@@ -2,10 +2,11 @@
 
 Training: BERT with the same weights, the same padded batch, dropout 0.1, SDPA on both sides; one step is forward,
 backward and AdamW. Saved bytes are those of all tensors that autograd keeps, each storage once, without parameters.
-Generation: GPT-2 with the same weights, greedy, a prompt of 32 tokens, with a cache. "by column" adds
-`weights_by_column`, the seconds it takes included.
+Generation: GPT-2 with the same weights, greedy, a prompt of 32 tokens, with a cache on both sides.
+Products: few rows with the matrices of a block and the table of tokens, as generation has them, by torch's `linear` and
+by ours; in between, 48 MB are written, so that no matrix waits in a cache.
 
-    python benchmarks/transformer.py [--json FILE] [--repeats 7] [--shapes small bert_base]
+    python benchmarks/transformer.py --part training|generation|products [--json FILE] [--repeats 7] [--shapes small]
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from typing import Any
 import torch
 from common import in_turn, median_and_spread, report
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 from kexue.nn.decoding import greedy
-from kexue.nn.transformer import CachedDecoder, Transformer, from_pretrained, weights_by_column
+from kexue.nn.transformer import CachedDecoder, Transformer, from_pretrained
+from kexue.nn.transformer.products import linear
 
 SHAPES = {"small": (384, 6, 6), "bert_base": (768, 12, 12)}
 TRAINING = {"small": (16, 128), "bert_base": (4, 128)}
@@ -127,13 +130,8 @@ def generation(shape: str, repeats: int) -> list[dict[str, Any]]:
         def with_cache(prompt: Tensor = prompt, tokens: int = tokens) -> Tensor:
             return torch.stack(greedy(CachedDecoder(ours), prompt, max_length=tokens))
 
-        def by_column() -> Tensor:
-            with weights_by_column(ours):
-                return with_cache()
-
-        ways = {"transformers": theirs, "kexue": with_cache, "kexue, by column": by_column}
-        found = [way() for way in ways.values()]
-        assert all(torch.equal(found[0], other) for other in found[1:])
+        ways = {"transformers": theirs, "kexue": with_cache}
+        assert torch.equal(theirs(), with_cache())
 
         def timed(way: Callable[[], Tensor], count: int = batch * tokens) -> Callable[[], float]:
             def run() -> float:
@@ -153,15 +151,51 @@ def generation(shape: str, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
+@torch.no_grad()
+def products(shape: str, repeats: int) -> list[dict[str, Any]]:
+    dim = SHAPES[shape][0]
+    other = torch.zeros(12_000_000)
+    rows = []
+    for inputs, outputs in ((dim, 3 * dim), (dim, dim), (dim, 4 * dim), (4 * dim, dim), (dim, VOCABULARY)):
+        weight, bias = torch.randn(outputs, inputs), torch.randn(outputs)
+        for count in (1, 2, 4):
+            hidden = torch.randn(count, inputs)
+
+            def timed(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> Callable[[], float]:
+                def run() -> float:
+                    other.add_(1)
+                    start = time.perf_counter()
+                    function(*arguments)
+                    return time.perf_counter() - start
+
+                return run
+
+            ways = {"torch": F.linear, "kexue": linear}
+            arguments = (hidden, weight, bias)
+            seconds = in_turn({name: timed(way, arguments) for name, way in ways.items()}, 3 * repeats)
+            middle = {name: median_and_spread(values)[0] for name, values in seconds.items()}
+            rows.append(
+                {
+                    "matrix": f"{outputs} x {inputs}",
+                    "rows": count,
+                    **{f"{name}, us": 1e6 * value for name, value in middle.items()},
+                    "speed x": middle["torch"] / middle["kexue"],
+                }
+            )
+    return rows
+
+
+PARTS = {"training": training, "generation": generation, "products": products}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--part", choices=("training", "generation"), required=True)
+    parser.add_argument("--part", choices=PARTS, required=True)
     arguments = parser.parse_args()
-    part = training if arguments.part == "training" else generation
-    rows = [row for shape in arguments.shapes for row in part(shape, arguments.repeats)]
+    rows = [row for shape in arguments.shapes for row in PARTS[arguments.part](shape, arguments.repeats)]
     report(f"Transformer: {arguments.part}, beside transformers", rows, arguments.json)
 
 

@@ -25,7 +25,8 @@ from ..crossings import (
 )
 from ..findings import Findings, Table
 from ..model_state import FLOAT_ADAM, MIXED_ADAM, model_state
-from ..transformer_cost import QUADRATIC, Part, Workload, transformer_cost
+from ..transformer_cost import QUADRATIC, transformer_cost
+from ..transformer_parts import Part, Workload
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

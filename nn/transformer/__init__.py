@@ -4,7 +4,7 @@ from .attention import Attention, Context, entropy_factor
 from .blocks import FeedForward, TransformerBlock
 from .cache import Cache, Memory
 from .config import TransformerConfig
-from .decoder import CachedDecoder, weights_by_column
+from .decoder import CachedDecoder
 from .embeddings import Embedding, Table
 from .masks import Visibility, visibility
 from .packing import encode
@@ -39,5 +39,4 @@ __all__ = [
     "to_pretrained",
     "unshared",
     "visibility",
-    "weights_by_column",
 ]

@@ -3,15 +3,11 @@
 Shapes: B rows of the batch, T tokens, V ids.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import InputError
 from .cache import Memory
-from .embeddings import Table
 from .transformer import EncoderDecoder, Transformer
 
 
@@ -86,21 +82,3 @@ class CachedDecoder:
         if self.source is not None:
             self.source = self.source[rows]
             self.source_mask = None if self.source_mask is None else self.source_mask[rows]
-
-
-@contextmanager
-def weights_by_column(module: nn.Module) -> Iterator[None]:
-    """Keep the matrices of linear layers and tied tables by columns in memory, and by rows again at the end.
-
-    On a CPU, one to three rows times a matrix stored by columns take about two thirds of the time (benchmarks/
-    generation.py). Values, shapes and the parameters themselves stay; do not train in between. Larger batches and GPUs
-    gain nothing.
-    """
-    layers = [layer for layer in module.modules() if isinstance(layer, (nn.Linear, Table)) and layer.weight.dim() == 2]
-    for layer in layers:
-        layer.weight.data = layer.weight.data.t().contiguous().t()
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.weight.data = layer.weight.data.contiguous()

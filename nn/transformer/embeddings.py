@@ -7,11 +7,11 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...errors import InputError
 from .config import TransformerConfig
 from .positions import sinusoids
+from .products import linear
 from .residual import Projection, make_norm
 
 
@@ -35,7 +35,7 @@ class Table(nn.Embedding):
 
         Both ways go through this method, whose hooks bring the whole table together under ZeRO stage 3.
         """
-        return F.linear(input, self.weight) if tied else super().forward(input)
+        return linear(input, self.weight) if tied else super().forward(input)
 
 
 class Embedding(nn.Module):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import TransformerConfig
+from .products import linear
 
 Stack = Literal["encoder", "decoder"]
 
@@ -91,6 +92,10 @@ class Projection(nn.Linear):
                     nn.init.xavier_normal_(rows, gain)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map `(..., inputs)` to `(..., outputs)`."""
+        return linear(input, self.weight, self.bias)
 
 
 def add_branch(stream: Tensor, branch: Tensor, alpha: float) -> Tensor:

@@ -18,7 +18,8 @@ from kexue.analysis.crossings import (
 )
 from kexue.analysis.model_state import FLOAT_ADAM, MIXED_ADAM, model_state
 from kexue.analysis.step_cost import StepCounter, flop_counter
-from kexue.analysis.transformer_cost import TransformerCost, Workload, transformer_cost
+from kexue.analysis.transformer_cost import TransformerCost, transformer_cost
+from kexue.analysis.transformer_parts import Workload
 from kexue.errors import InputError
 from kexue.nn.transformer import EncoderDecoder, Transformer, TransformerConfig
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kexue.errors import InputError
-from kexue.nn.transformer import CachedDecoder, EncoderDecoder, Transformer, TransformerConfig, weights_by_column
+from kexue.nn.transformer import CachedDecoder, EncoderDecoder, Transformer, TransformerConfig
 
 SIZES: dict[str, Any] = {"vocab_size": 40, "dim": 32, "num_layers": 2, "num_heads": 4, "feedforward_dim": 48}
 IDS = torch.randint(40, (3, 9), generator=torch.Generator().manual_seed(1))
@@ -98,18 +98,6 @@ def test_rows_leave_and_change_places(options: dict[str, Any]) -> None:
     decoder.reorder(rows)
     found = decoder(IDS[rows, 4:5])
     torch.testing.assert_close(found, module.logits(module(IDS))[rows, 4].detach(), rtol=1e-4, atol=1e-4)
-
-
-def test_matrices_by_column_change_nothing_and_come_back() -> None:
-    module = make()
-    before = {name: (value.data_ptr(), value.stride()) for name, value in module.state_dict().items()}
-    plain = module(IDS)
-    with weights_by_column(module):
-        assert module.layers.blocks[0].feedforward.inner.weight.stride() == (1, 48)
-        torch.testing.assert_close(module(IDS), plain, rtol=1e-5, atol=1e-5)
-    assert {name: value.stride() for name, value in module.state_dict().items()} == {
-        name: stride for name, (_, stride) in before.items()
-    }
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ from typing import Any
 
 from ....errors import InputError
 from ..config import TransformerConfig
-from .layouts import LAYOUTS, Layout
+from .families import LAYOUTS
+from .layouts import Layout
 
 _ACTIVATIONS = {
     "gelu": "gelu",

@@ -19,8 +19,9 @@ from ..residual import Projection
 from ..transformer import Transformer
 from . import files
 from .configs import layout_of, options_from, values_from
+from .families import LAYOUTS
 from .fitting import check
-from .layouts import LAYOUTS, Address, Layout
+from .layouts import Address, Layout
 
 CHANGES = (
     "dropout",
