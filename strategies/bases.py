@@ -180,7 +180,7 @@ class TechniqueMixin(Strategy):
             return
         rank_zero_warn(
             f"The checkpoint was saved with techniques {', '.join(before) or 'none'}, now {', '.join(own) or 'none'}: "
-            "what came starts anew, what went leaves its state unused in the optimiser"
+            "what came starts anew, what went leaves its state unused"
             + (f", and training goes on from the weights that {saved} evaluated." if saved not in (None, *own) else ".")
         )
 

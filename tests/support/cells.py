@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from kexue.nn.transformer import EncoderDecoder, Transformer, TransformerConfig
-from kexue.strategies import DDP, EMA, ActivationCheckpointing, Lookahead, SingleDevice, Zero
+from kexue.strategies import DDP, ActivationCheckpointing, Lookahead, SingleDevice, Zero
 
 TECHNIQUES = {
     "none": lambda blocks: [],
     "activation_checkpointing": lambda blocks: [ActivationCheckpointing(blocks=blocks)],
-    "lookahead": lambda blocks: [Lookahead(k=2, alpha=0.5)],
-    "ema": lambda blocks: [EMA(decay=0.6)],
     "both": lambda blocks: [ActivationCheckpointing(blocks=blocks), Lookahead(k=2, alpha=0.5)],
 }
 BASES = ("ddp", "zero_1", "zero_2", "zero_3")
@@ -45,6 +46,8 @@ class Rows(Dataset):
 class Classifier(pl.LightningModule):
     """What the modules below share. Written as anyone would: it knows nothing of kexue."""
 
+    rows: type[Rows] = Rows
+
     def __init__(self, optimizer: str = "adamw", lr: float = 0.05, scheduler: bool = False) -> None:
         super().__init__()
         self.optimizer, self.lr, self.scheduler = optimizer, lr, scheduler
@@ -66,8 +69,9 @@ class Classifier(pl.LightningModule):
         return self(batch["ids"]).argmax(-1)
 
     def configure_optimizers(self) -> Any:
-        if self.optimizer == "sgd":
-            optimizer: torch.optim.Optimizer = torch.optim.SGD(self.parameters(), lr=self.lr)
+        if self.optimizer in ("sgd", "momentum"):
+            momentum = 0.5 if self.optimizer == "momentum" else 0.0
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(self.parameters(), lr=self.lr, momentum=momentum)
         else:
             optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr / 10)
         if not self.scheduler:
@@ -208,9 +212,16 @@ def make_strategy(base: str, techniques: list[Any], **kwargs: Any) -> Any:
     return Zero(stage=int(base[5]), techniques=techniques, **kwargs)
 
 
-def loader(rank: int, world: int, rows: int, batch: int, shuffle: bool | str = False, **kwargs: Any) -> DataLoader:
+def loader(
+    rank: int,
+    world: int,
+    rows: int | Dataset,
+    batch: int,
+    shuffle: bool | str = False,
+    **kwargs: Any,
+) -> DataLoader:
     """Batches such that the union over ranks is the batch that one process would see."""
-    data = Rows(rows)
+    data = Rows(rows) if isinstance(rows, int) else rows
     if shuffle == "random":
         return DataLoader(data, batch_size=batch // world, shuffle=True, **kwargs)
     sampler = DistributedSampler(data, num_replicas=world, rank=rank, shuffle=bool(shuffle))
@@ -220,7 +231,7 @@ def loader(rank: int, world: int, rows: int, batch: int, shuffle: bool | str = F
 def train(
     base: str,
     techniques: str = "none",
-    module: str = "plain",
+    module: str | type[Classifier] = "plain",
     *,
     epochs: int = 2,
     rows: int = 24,
@@ -237,42 +248,64 @@ def train(
     loader_options: dict[str, Any] | None = None,
     loaders: int = 1,
     stock: Any = None,
+    folder: str | None = None,
     **module_options: Any,
 ) -> dict[str, Any]:
-    """Train one cell and return its losses (mean over ranks), final weights and step count."""
-    warnings.filterwarnings("ignore")
-    pl.seed_everything(11, verbose=False)
-    model = MODULES[module](**module_options)
-    chosen = stock or make_strategy(base, TECHNIQUES[techniques](model.block_names), **(strategy or {}))
-    world, rank = WORLD, RANK
-    callbacks: list[pl.Callback] = [] if save_at_step is None else [_SaveAt(save_at_step, str(save))]
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=world,
-        strategy=chosen,
-        max_epochs=epochs,
-        max_steps=max_steps,
-        accumulate_grad_batches=accumulate,
-        gradient_clip_val=clip,
-        precision=precision,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-    )
-    # Ranks draw different dropout masks, as they would in a real run.
-    torch.manual_seed(100 + rank)
-    data = [loader(rank, world, rows, batch, shuffle, **(loader_options or {})) for _ in range(loaders)]
-    trainer.fit(model, data[0] if loaders == 1 else data, ckpt_path=resume)
-    if save is not None and save_at_step is None:
-        trainer.save_checkpoint(save)
+    """Train one cell and return its losses (mean over ranks), its final weights, and what else there is to compare."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pl.seed_everything(11, verbose=False)
+        model = (MODULES[module] if isinstance(module, str) else module)(**module_options)
+        chosen = stock or make_strategy(base, TECHNIQUES[techniques](model.block_names), **(strategy or {}))
+        world, rank = WORLD, RANK
+        callbacks: list[pl.Callback] = [] if save_at_step is None else [_SaveAt(save_at_step, str(save))]
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=world,
+            strategy=chosen,
+            max_epochs=epochs,
+            max_steps=max_steps,
+            accumulate_grad_batches=accumulate,
+            gradient_clip_val=clip,
+            precision=precision,
+            callbacks=callbacks,
+            default_root_dir=folder,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+        )
+        # Ranks draw different dropout masks, as they would in a real run.
+        torch.manual_seed(100 + rank)
+        data = [loader(rank, world, model.rows(rows), batch, shuffle, **(loader_options or {})) for _ in range(loaders)]
+        trainer.fit(model, data[0] if loaders == 1 else data, ckpt_path=resume)
+        if save is not None and save_at_step is None:
+            trainer.save_checkpoint(save)
     result = {"losses": _mean_over_ranks(model.losses, world), "step": trainer.global_step}
     result["weights"] = full_weights(model)
     result["buffers"] = {name: buffer.clone().numpy() for name, buffer in model.named_buffers()}
+    result["drift"] = _drift(result["weights"], world)
+    result["state"] = technique_state(getattr(chosen, "techniques", ()))
+    result["warnings"] = list(dict.fromkeys(str(warning.message) for warning in caught))
     return result
+
+
+def technique_state(techniques: Sequence[Any]) -> list[Any]:
+    """Return what techniques keep of their own, and the state of the optimisers they have wrapped; tensors as bytes."""
+    optimizers = [optimizer for technique in techniques for optimizer in getattr(technique, "_optimizers", ())]
+    entries = [entry for optimizer in optimizers for entry in optimizer.state.values()]
+    return _as_bytes([*entries, *(technique.state_dict() for technique in techniques)])
+
+
+def _as_bytes(value: Any) -> Any:
+    """Return nested data that compares equal only if every bit is, also where there are NaNs."""
+    if isinstance(value, dict):
+        return {key: _as_bytes(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_bytes(entry) for entry in value]
+    return value.numpy(force=True).tobytes() if isinstance(value, Tensor) else value
 
 
 def full_weights(model: pl.LightningModule) -> dict[str, Any]:
@@ -294,6 +327,17 @@ def _mean_over_ranks(losses: list[float], world: int) -> list[float]:
     return [sum(values) / world for values in zip(*gathered, strict=True)]
 
 
+def _drift(weights: dict[str, Any], world: int) -> float:
+    """Return the largest difference of a weight between ranks."""
+    if world == 1:
+        return 0.0
+    highest = torch.cat([torch.from_numpy(value).flatten() for value in weights.values()])
+    lowest = highest.clone()
+    torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
+    torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN)
+    return (highest - lowest).max().item()
+
+
 class _SaveAt(pl.Callback):
     def __init__(self, batches: int, path: str) -> None:
         self.batches, self.path = batches, path
@@ -307,6 +351,7 @@ class _SaveAt(pl.Callback):
 
 def run_all(cells: dict[Any, tuple[tuple[Any, ...], dict[str, Any]]]) -> dict[Any, Any]:
     """Train many cells in this process, one after another; a cell that fails leaves its error as text."""
+    freeze_libraries()
     results: dict[Any, Any] = {}
     for key, (args, kwargs) in cells.items():
         try:
@@ -316,10 +361,18 @@ def run_all(cells: dict[Any, tuple[tuple[Any, ...], dict[str, Any]]]) -> dict[An
     return results
 
 
+def freeze_libraries() -> None:
+    """DeepSpeed collects garbage for every engine that it makes: keep it from looking through the libraries again."""
+    import deepspeed  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+
+
 def differences(run: Any, reference: Any) -> tuple[float, float]:
     """Return the largest difference of the losses both runs have (from the end) and of the final weights."""
     assert not isinstance(run, str), run
     assert not isinstance(reference, str), reference
-    losses = max(abs(a - b) for a, b in zip(run["losses"][::-1], reference["losses"][::-1], strict=False))
-    weights = max(abs(run["weights"][name] - reference["weights"][name]).max() for name in reference["weights"])
-    return losses, float(weights)
+    losses = [abs(a - b) for a, b in zip(run["losses"][::-1], reference["losses"][::-1], strict=False)]
+    weights = [abs(run["weights"][name] - weight).max() for name, weight in reference["weights"].items()]
+    return float(np.max(losses)), float(np.max(weights))  # numpy's: not-a-numbers are not passed over
