@@ -37,7 +37,7 @@ LONG = {
     "gplinker_duee": ["gplinker_duee"],
     "multi_sample_dropout": ["multi_sample_dropout", "--part", "pictures"],
     "deepnorm_depth": ["deepnorm_depth", "--plot", "docs/deepnorm_update.png"],
-    "loss_weighting_digits": ["loss_weighting", "--part", "digits"],
+    "loss_weighting_digits": ["loss_weighting", "--part", "digits", "--epochs", "60", "--rate", "0.004"],
 }
 NEED_DATA = ("packing", "gplinker_duee", "multi_sample_dropout")
 REMARKS = {
