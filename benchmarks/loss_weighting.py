@@ -8,7 +8,8 @@ Part `cost` measures what each rule adds to a training step, of that model and o
 `tasks` a step of a network of four layers of 512 by the number of tasks, beside torchjd, and beside LibMTL where it is
 installed (`pip install --no-deps LibMTL`).
 
-    python benchmarks/loss_weighting.py --part digits|cost|tasks [--seeds 3] [--epochs 100] [--repeats 7] [--json FILE]
+    python benchmarks/loss_weighting.py --part digits [--seeds 3] [--epochs 100] [--rate 0.01] [--json FILE]
+    python benchmarks/loss_weighting.py --part cost|tasks [--repeats 7] [--json FILE]
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import sys
 import time
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -40,7 +41,7 @@ from kexue.strategies.loss_weighting.rules import RULES
 
 TASKS = ("digit", "parity", "pixel_sum")
 WITHIN = 0.02
-EPOCHS = 100
+EPOCHS, RATE = 100, 1e-2
 Step = Callable[[], None]
 
 
@@ -69,11 +70,12 @@ def contenders(reference: dict[str, float]) -> dict[str, dict[str, Any]]:
 class Digits(DigitsMultitaskModule):
     """The model, smaller, with a learning rate that falls to 0: what is left at the end is not the noise of steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, rate: float = RATE) -> None:
         super().__init__(channels=8, num_blocks=1)
+        self.rate = rate
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.01)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.rate, weight_decay=0.01)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -105,11 +107,11 @@ def scores(module: DigitsMultitaskModule, data: DigitsDataModule) -> dict[str, f
     }
 
 
-def train(options: dict[str, Any], seed: int, epochs: int) -> dict[str, float]:
+def train(options: dict[str, Any], seed: int, epochs: int = EPOCHS, rate: float = RATE) -> dict[str, float]:
     """Train with the losses as they are, weighted by a rule; return the scores and the seconds."""
     pl.seed_everything(seed, verbose=False)
     data = DigitsDataModule(batch_size=64, seed=seed)
-    module = Digits()
+    module = Digits(rate)
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, strategy=SingleDevice([LossWeighting(**options)]), max_epochs=epochs,
         gradient_clip_val=1.0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
@@ -125,12 +127,12 @@ def lost(result: Mapping[str, float], found: Mapping[str, Mapping[str, float]]) 
     return [task for task in TASKS if result[task] < found[f"{task} alone"][task] - WITHIN]
 
 
-def digits(seeds: int, epochs: int) -> list[dict[str, Any]]:
+def digits(seeds: int, epochs: int, rate: float) -> list[dict[str, Any]]:
     """A row for every rule: medians over seeds."""
     runs = contenders(prior_losses(DigitsDataModule()))
     found = {}
     for name, options in runs.items():
-        results = [train(options, seed, epochs) for seed in range(seeds)]
+        results = [train(options, seed, epochs, rate) for seed in range(seeds)]
         found[name] = {key: statistics.median(result[key] for result in results) for key in results[0]}
         print(name, {key: round(value, 4) for key, value in found[name].items()}, flush=True)
     rows = []
@@ -310,32 +312,35 @@ def cost(repeats: int) -> list[dict[str, Any]]:
     tokens = torch.randint(5, 5000, (16, 64), generator=generator)
     encoder_batch = (tokens, torch.randint(0, 4, (16, 64), generator=generator))
     runs = {name: run for name, run in contenders(prior_losses(data)).items() if not name.endswith("alone")}
-    by_losses = {name: run for name, run in runs.items() if not RULES[run["rule"]].uses_gradients}
+    by_losses = [name for name, run in runs.items() if not RULES[run["rule"]].uses_gradients]
 
-    def steps(make: Callable[[], Any], batch: Any) -> dict[str, Step]:
+    def steps(make: Callable[[], Any], batch: Any, names: Sequence[str]) -> dict[str, Step]:
         found = {}
-        for name, options in [("none", None), *((name, run) for name, run in runs.items() if name not in by_losses)]:
+        for name, options in [("none", None), *((name, runs[name]) for name in names)]:
             torch.manual_seed(0)
             module = make()
             module.configure_model()
             found[name] = bare_step(module, batch, options)
         return found
 
-    whole = {
-        "digits": list(compare(steps(DigitsMultitaskModule, digits_batch), repeats, 10)),
-        "6x384": list(compare(steps(Encoder, encoder_batch), min(3, repeats), 1)),
-    }
-    short = {"none": alone(None), **{name: alone(options) for name, options in by_losses.items()}}
+    by_gradients = [name for name in runs if name not in by_losses]
+    digits_steps = steps(DigitsMultitaskModule, digits_batch, by_gradients)
+    # A step of a second: one rule for each place where gradients are taken says it all.
+    encoder_steps = steps(Encoder, encoder_batch, ["mgda", "mgda, parameters"])
+    short = {"none": alone(None), **{name: alone(runs[name]) for name in by_losses}}
     few = {name: extra for name, _, extra in compare(short, repeats, 200)}
-    rows: list[dict[str, Any]] = [
-        {"rule": "none", "added": "", **{f"to {model}": f"{found[0][1]:.1f} ms" for model, found in whole.items()}}
-    ]
-    for name in runs:
-        row: dict[str, Any] = {"rule": name, "added": f"{1000 * few[name]:.0f} us" if name in few else ""}
-        for model, found in whole.items():
-            extra = few[name] if name in few else next(extra for other, _, extra in found if other == name)
-            row[f"to {model}"] = f"{extra / found[0][1]:+.1%}"
-        rows.append(row)
+    rows: list[dict[str, Any]] = [{"rule": "none", "added": ""}, *({"rule": name} for name in runs)]
+    for model, found in (
+        ("digits", list(compare(digits_steps, repeats, 10))),
+        ("6x384", list(compare(encoder_steps, min(3, repeats), 1))),
+    ):
+        plain = found[0][1]
+        extras = few | {name: extra for name, _, extra in found[1:]}
+        for row in rows:
+            name = row["rule"]
+            row["added"] = f"{1000 * few[name]:.0f} us" if name in few else ""
+            row[f"to {model}"] = f"{extras[name] / plain:+.2%}" if name in extras else ""
+        rows[0][f"to {model}"] = f"{plain:.1f} ms"
     return rows
 
 
@@ -367,6 +372,7 @@ def main() -> None:
     parser.add_argument("--part", choices=["digits", "cost", "tasks"], required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--rate", type=float, default=RATE)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", help="file to write")
     arguments = parser.parse_args()
@@ -374,7 +380,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     if arguments.part == "digits":
-        name, rows = "Loss weighting on badly scaled digits", digits(arguments.seeds, arguments.epochs)
+        name, rows = "Loss weighting on badly scaled digits", digits(arguments.seeds, arguments.epochs, arguments.rate)
     elif arguments.part == "cost":
         name, rows = "Loss weighting: cost of a step on digits", cost(arguments.repeats)
     else:
