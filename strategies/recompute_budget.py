@@ -106,18 +106,14 @@ def _kind(call: CallCost) -> tuple[Any, ...]:
 
 
 def _uniform(costs: StepCosts, options: list[list[Option]]) -> Iterator[list[Option]]:
-    """Plans that recompute one block in k, wholly or all but products."""
+    """Plans that treat one block in k alike, in every way that is worth it."""
     off = [Option(None, call.plain_bytes, 0, 0) for call in costs.calls]
     yield off
-    for inside in ([front[0] for front in options], [_without_flops(front) for front in options]):
+    for place in range(max(map(len, options))):
+        inside = [front[min(place, len(front) - 1)] for front in options]
         for every in range(1, len(costs.names) + 1):
             pairs = zip(costs.calls, inside, off, strict=True)
             yield [one if call.block % every == 0 else plain for call, one, plain in pairs]
-
-
-def _without_flops(front: list[Option]) -> Option:
-    """The smallest option that runs the fewest FLOPs again."""
-    return min(front, key=lambda option: (option.flops, option.kept_bytes))
 
 
 def _knapsack(options: list[list[Option]], room: int) -> list[Option]:

@@ -139,7 +139,6 @@ class Tape:
         self._opaque = False  # something ran that cannot be followed
         self._counts: Counter[str] = Counter()
         self._outside: set[int] = set()  # storages that were there before
-        self._allocated: set[int] = set()
         self._unfilled: set[int] = set()
         self._read: set[int] = set()
         self._seen: dict[int, StorageWeakRef] = {}  # holds the addresses, so that none is given to another storage
@@ -167,7 +166,6 @@ class Tape:
         if traits.name in ALLOCATE or traits.name in FILL:
             self._sources.update(dict.fromkeys(made, NONE))
             if traits.name in ALLOCATE:
-                self._allocated.update(made)
                 self._unfilled.update(made)
             return None
         read = self._storages((*args, *kwargs.values()))
@@ -198,7 +196,7 @@ class Tape:
     def note_saved(self, tensor: Tensor) -> None:
         """Follow that autograd saves a tensor."""
         storages = self._storages((tensor,))
-        if self._are_gathered(self._allocated.intersection(storages)):
+        if self._are_gathered(self._sources.keys() & storages.keys()):
             return
         self._saved.update(storages)
         self._note_reading(storages)
