@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from kexue.callbacks import CSVMetrics, wandb_logger
-from kexue.callbacks.loggers import has_wandb_key
+from kexue.callbacks.wandb_run import has_wandb_key
 from kexue.errors import InputError
 
 
