@@ -104,6 +104,7 @@ class WandbRun(WandbLogger):
             except CommError:
                 log.warning("W&B's server cannot be reached: recording offline, send it later with `wandb sync`")
                 self._wandb_init["mode"] = "offline"
+                _forget_process()  # it goes on trying, and holds the run's id
         return super().experiment
 
     @property
@@ -215,13 +216,9 @@ class WandbRun(WandbLogger):
 
     def _reopen(self) -> None:
         """Continue the run in a new process of W&B with the rows that the dead one has not written."""
-        import wandb
-
         assert self._experiment is not None
         file = Path(self._experiment.settings.sync_file)
-        with contextlib.suppress(Exception, SystemExit):  # nobody hears it, but W&B forgets the process
-            wandb.teardown()
-        wandb.run = None  # else Lightning takes the dead run for one in progress
+        _forget_process()
         self._reopened += 1
         if self._reopened > _MAX_REOPENED:
             self._closed = True
@@ -293,6 +290,15 @@ def _identity(step: int | None, row: Mapping[str, Any]) -> tuple[int | None, fro
     media = tuple(f"{key.removesuffix('_type')}" for key in row if key.endswith("._type"))
     numbers = (key for key, value in row.items() if isinstance(value, int | float) and not key.startswith(media))
     return step, frozenset(key for key in numbers if not key.startswith("_") and key != STEP)
+
+
+def _forget_process() -> None:
+    """End W&B's process, if it lives, so that the next run starts a new one."""
+    import wandb
+
+    with contextlib.suppress(Exception, SystemExit):
+        wandb.teardown()
+    wandb.run = None  # else Lightning takes the dead run for one in progress
 
 
 def _is_lost(error: Exception) -> bool:

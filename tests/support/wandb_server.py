@@ -99,6 +99,9 @@ class WandbServer:
         viewer = {"id": "u", "entity": ENTITY, "username": ENTITY, "email": "", "admin": False, "flags": "{}"}
         return {"viewer": {**viewer, "teams": {"edges": []}}}
 
+    def _on_GetDefaultEntity(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {"viewer": {"id": "u", "entity": ENTITY}}
+
     def _on_ServerFeaturesQuery(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"serverInfo": {"features": []}}
 
@@ -208,7 +211,8 @@ class WandbServer:
             name = f"sweeprun{len(self.offered) + 1}"
             self.offered.append(name)
             arguments = {key: {"value": value} for key, value in self.offers.pop(0).items()}
-            commands = [{"type": "run", "run_id": name, "args": arguments, "logs": []}]
+            program = self.sweep.get("program")
+            commands = [{"type": "run", "run_id": name, "program": program, "args": arguments, "logs": []}]
         else:
             commands = [{"type": "exit"}]
         return {"agentHeartbeat": {"agent": {"id": "agent1"}, "commands": json.dumps(commands)}}
