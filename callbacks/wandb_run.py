@@ -26,7 +26,7 @@ from torch import nn
 from ..errors import InputError
 from ..redaction import hide, without_secrets
 from ..strategies.checkpoints import describe, newest
-from .wandb_records import history, read_records
+from ..wandb_records import history, read_records
 
 log = logging.getLogger("kexue.wandb")
 
@@ -91,9 +91,11 @@ class WandbRun(WandbLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         """W&B's run, begun at the first call; offline if the server cannot be reached."""
+        import wandb
         from wandb.errors import AuthenticationError, CommError
 
         if self._experiment is None and self._wandb_init["mode"] == "online":
+            wandb.setup(wandb.Settings(silent=True))  # else it says where it found the key
             try:
                 return super().experiment
             except AuthenticationError as error:
@@ -101,8 +103,9 @@ class WandbRun(WandbLogger):
                     f"W&B refuses the key ({hide(str(error)).splitlines()[0]}); "
                     "run `wandb login --relogin`, or set logger.wandb.offline=true"
                 ) from error
-            except CommError:
-                log.warning("W&B's server cannot be reached: recording offline, send it later with `wandb sync`")
+            except CommError as error:
+                reason = hide(str(error)).splitlines()[0]
+                log.warning("no connection to W&B (%s): recording offline, send it later with `wandb sync`", reason)
                 self._wandb_init["mode"] = "offline"
                 _forget_process()  # it goes on trying, and holds the run's id
         return super().experiment

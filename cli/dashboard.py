@@ -49,20 +49,20 @@ def _look(run: str, view: str) -> int:
     from pathlib import Path
 
     from ..errors import InputError
+    from ..wandb_records import record_files, show
     from .config import CONFIG_FILE
     from .dashboards.report import write_report
-    from .dashboards.terminal import open_terminal, record_of
 
     folder = Path(run).expanduser().resolve()
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"run={run}: no {CONFIG_FILE} there; give the folder that kexue fit wrote")
-    record = record_of(folder)
-    if view == "terminal" and record is None:
+    records = record_files(folder)
+    if view == "terminal" and not records:
         raise InputError(f"run={run}: W&B recorded nothing there; train with logger=wandb, or use view=html")
     if view != "terminal":
         print(f"open {write_report(folder)}")
-    if record is not None and (view == "terminal" or (view == "auto" and sys.stdin.isatty() and sys.stdout.isatty())):
-        return open_terminal(record)
+    if records and (view == "terminal" or (view == "auto" and sys.stdin.isatty() and sys.stdout.isatty())):
+        return show(records[-1])
     return 0
 
 

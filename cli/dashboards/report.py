@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...redaction import hide, without_secrets
+from ...wandb_records import read_records, record_files
 from ..config import CONFIG_FILE
 from ..run_dir import METRICS_FILE, PROVENANCE_FILE, write_text
 
@@ -105,8 +106,6 @@ def charts(series: Mapping[str, list[tuple[float, float | None]]]) -> list[dict[
 
 def system_charts(folder: Path) -> list[dict[str, Any]]:
     """What W&B's process measured of the machine, if the run was recorded by it: all starts in a row, in minutes."""
-    from ...callbacks.wandb_records import read_records, record_files
-
     lines: dict[str, list[tuple[float, float | None]]] = {}
     begin: datetime | None = None
     for file in record_files(folder):

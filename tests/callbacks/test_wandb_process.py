@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from kexue.callbacks import wandb_logger
-from kexue.callbacks.wandb_records import history, read_records, record_files
+from kexue.wandb_records import history, read_records, record_files
 
 STEP = "trainer/global_step"
 

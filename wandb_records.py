@@ -1,14 +1,18 @@
-"""What a W&B run holds on disk, read by W&B's own `wandb leet inspect`: its files have no other public reader."""
+"""What a W&B run holds on disk, read and shown by W&B's own `wandb leet`: its files have no other public reader.
+
+The program behind that command is called without the Python around it, which takes hundredths of a second, not seconds.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from .errors import InputError
 
 _TIMEOUT = 120.0
 
@@ -31,17 +35,28 @@ def read_records(file: Path) -> Iterator[dict[str, Any]]:
     Raises:
         InputError: it cannot be read.
     """
-    from wandb.util import get_core_path
-
-    # The program behind `wandb leet`, called without Python around it: that takes hundredths of a second, not seconds.
-    command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=_TIMEOUT)
+    done = subprocess.run(
+        [*_leet("inspect", file), "--json"], capture_output=True, text=True, encoding="utf-8", timeout=_TIMEOUT
+    )
     if done.returncode:
         reason = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no reason given"]
         raise InputError(f"{file}: not a record of W&B, or damaged ({reason[0]})")
     for line in done.stdout.splitlines():
         if line.startswith("{"):
             yield json.loads(line)
+
+
+def show(file: Path) -> int:
+    """Open the terminal view of a record until its user leaves it; return the exit code."""
+    return subprocess.run(_leet("run", file)).returncode
+
+
+def _leet(command: str, file: Path) -> list[str]:
+    spec = importlib.util.find_spec("wandb")
+    if spec is None or spec.origin is None:
+        raise ImportError("wandb is not installed: pip install wandb")
+    program = Path(spec.origin).parent / "bin" / "wandb-core"
+    return [str(program), "leet", command, "--no-observability", "--run-file", str(file)]
 
 
 def history(records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
