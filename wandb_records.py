@@ -35,9 +35,8 @@ def read_records(file: Path) -> Iterator[dict[str, Any]]:
     Raises:
         InputError: it cannot be read.
     """
-    done = subprocess.run(
-        [*_leet("inspect", file), "--json"], capture_output=True, text=True, encoding="utf-8", timeout=_TIMEOUT
-    )
+    command = _leet("inspect", file, "--json")
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=_TIMEOUT)
     if done.returncode:
         reason = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no reason given"]
         raise InputError(f"{file}: not a record of W&B, or damaged ({reason[0]})")
@@ -51,12 +50,13 @@ def show(file: Path) -> int:
     return subprocess.run(_leet("run", file)).returncode
 
 
-def _leet(command: str, file: Path) -> list[str]:
+def _leet(command: str, file: Path, *options: str) -> list[str]:
     spec = importlib.util.find_spec("wandb")
     if spec is None or spec.origin is None:
         raise ImportError("wandb is not installed: pip install wandb")
     program = Path(spec.origin).parent / "bin" / "wandb-core"
-    return [str(program), "leet", command, "--no-observability", "--run-file", str(file)]
+    where = ["--run-file", str(file), str(file.parent.parent)]  # it reads no option after the folder
+    return [str(program), "leet", command, "--no-observability", *options, *where]
 
 
 def history(records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -267,7 +267,7 @@ def test_terminal_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tmux = ["tmux", "-S", socket]
     subprocess.run([*tmux, "new-session", "-d", "-x", "150", "-y", "45", command], env=environment, check=True)
     try:
-        for _ in range(120):
+        for _ in range(240):
             time.sleep(0.5)
             screen = subprocess.run([*tmux, "capture-pane", "-p"], capture_output=True, text=True).stdout
             if "train/loss" in screen:
