@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def record(number: int) -> EventRecord:
 
 
 def collate(numbers: list[float]) -> dict[str, Any]:
-    number = torch.tensor([int(abs(n)) if n == n else 0 for n in numbers])
+    number = torch.tensor([int(n) if math.isfinite(n) else 0 for n in numbers])
     images = (number.float() / 10)[:, None, None, None].expand(-1, 1, 4, 4)
     records = HostList(record(int(n)) for n in number)
     return {"number": number, "image": images, "loss": torch.tensor(numbers), "records": records}

@@ -98,7 +98,7 @@ def test_long_curves_are_thinned_but_keep_their_extremes() -> None:
 
 def browse(page: Path, *words: str) -> str:
     assert CHROMIUM is not None
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", *words]
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000", *words]
     done = subprocess.run([*command, f"file://{page}"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -106,7 +106,8 @@ def browse(page: Path, *words: str) -> str:
 
 SCRIPT = """
 <script>
-addEventListener("load", () => {
+addEventListener("load", function probe() {
+  if (!document.querySelector(".chart svg path")) return setTimeout(probe, 20);
   const said = {}, pick = query => document.querySelector(query), all = query => [...document.querySelectorAll(query)];
   const svg = pick(".chart svg"), box = svg.getBoundingClientRect();
   const at = (kind, share) => svg.dispatchEvent(new PointerEvent(kind, {
