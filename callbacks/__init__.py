@@ -1,27 +1,38 @@
-"""What watches or steers a run: checkpoints, throughput, memory, the progress bar, plots, and the loggers."""
+"""What watches or steers a run: checkpoints, throughput, memory, progress, alerts, pictures, tables, and loggers."""
 
+from .alerts import Alerts, alert
 from .checkpoints import Checkpoints
 from .confusion_matrix import ConfusionMatrixPlot
+from .csv_metrics import CSVMetrics
 from .exact_schedule import ExactSchedule, exact_schedule
 from .gradient_normaliser import GradientNormaliser
-from .loggers import CSVMetrics, wandb_logger
 from .memory import MemoryPeak
 from .non_finite import StopOnNonFinite
+from .pictures import Pictures, log_picture
+from .prediction_table import PredictionTable
 from .progress import ProgressBar
 from .stall import StopWhenStalled
+from .tensorboard import tensorboard_logger
 from .throughput import Throughput
+from .wandb_run import wandb_logger
 
 __all__ = [
+    "Alerts",
     "CSVMetrics",
     "Checkpoints",
     "ConfusionMatrixPlot",
     "ExactSchedule",
     "GradientNormaliser",
     "MemoryPeak",
+    "Pictures",
+    "PredictionTable",
     "ProgressBar",
     "StopOnNonFinite",
     "StopWhenStalled",
     "Throughput",
+    "alert",
     "exact_schedule",
+    "log_picture",
+    "tensorboard_logger",
     "wandb_logger",
 ]

@@ -180,6 +180,8 @@ class Checkpoints(Checkpoint):
                 self._point("best.ckpt", name)
             named = {link.readlink().name for link in self.folder.glob("*.ckpt") if link.is_symlink()}
             self._delete(_SAVED, keep=named)
+        for logger in trainer.loggers:
+            logger.after_save_checkpoint(self)  # type: ignore[arg-type]  # as Lightning's own ModelCheckpoint does
 
     def _point(self, link: str, name: str) -> None:
         """Let a link name another checkpoint; whoever looks finds either the old or the new one."""

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ..errors import InputError
+from .pictures import log_picture
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
-def plot_confusion_matrix(matrix: Tensor, class_names: Sequence[str], path: Path) -> None:
+def plot_confusion_matrix(matrix: Tensor, class_names: Sequence[str]) -> Figure:
     """Draw counts, with the recall of each class at its row.
 
     Args:
         matrix: Counts `(C, C)`, true classes in rows, predicted ones in columns.
         class_names: `C` names.
-        path: PNG to write.
     """
     from matplotlib.figure import Figure  # without pyplot no window system is needed
 
@@ -47,12 +48,11 @@ def plot_confusion_matrix(matrix: Tensor, class_names: Sequence[str], path: Path
     axes.set(xlabel="predicted class", ylabel="true class")
     accuracy = float(matrix.diagonal().sum() / matrix.sum().clamp(min=1))
     axes.set_title(f"{int(matrix.sum())} test samples, {100 * accuracy:.2f} % right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 class ConfusionMatrixPlot(pl.Callback):
-    """Write `plots/confusion_matrix.png` to the run directory after testing, and show it in W&B where that is a logger.
+    """Write `plots/confusion_matrix.png` to the run directory after testing, and show it in the loggers that can.
 
     It reads `{"prediction": (B,), "target": (B,)}` from what `test_step` returns. Counts are exact over all processes.
 
@@ -106,8 +106,4 @@ class ConfusionMatrixPlot(pl.Callback):
         metric.update(prediction, target)
         matrix = metric.compute().cpu()[: len(names), : len(names)]
         if trainer.is_global_zero and names:
-            path = Path(trainer.default_root_dir) / "plots" / self.filename
-            plot_confusion_matrix(matrix, names, path)
-            for logger in trainer.loggers:
-                if isinstance(logger, WandbLogger):
-                    logger.log_image("test/confusion_matrix", [str(path)])
+            log_picture(trainer, "test/confusion_matrix", plot_confusion_matrix(matrix, names), self.filename)

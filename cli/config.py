@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import InputError
+from ..redaction import secrets_in
 from .errors import one_line, suggest
 from .targets import check, check_arguments, fits
 
@@ -89,6 +90,11 @@ def plain(config: DictConfig, run_dir: Path | str) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise InputError(f"{error.full_key}: {one_line(str(error).splitlines()[0])}") from error
     assert isinstance(resolved, dict)
+    if secret := next(secrets_in(resolved), None):
+        raise InputError(
+            f"{secret}: a secret would be written to {CONFIG_FILE}; leave it in the environment, "
+            "libraries read their own variables"
+        )
     return {str(key): value for key, value in resolved.items()}
 
 

@@ -28,6 +28,8 @@ def explain(error: BaseException) -> str | None:
         return f"{error.filename or 'the run directory'}: no space left on the disk; free some or choose run_dir=PATH"
     if isinstance(error, _FILE_EXCEPTIONS) and error.filename is not None:
         return f"{error.filename}: {(error.strerror or 'cannot be opened').lower()}"
+    if isinstance(error, ImportError) and "pip install" in str(error):
+        return one_line(error)  # an optional package
     if isinstance(error, RuntimeError) and str(error).startswith("Error(s) in loading state_dict"):
         return f"the checkpoint is of another model: {one_line(error)}; choose another run_dir or checkpoint"
     return None

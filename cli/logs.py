@@ -13,9 +13,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..redaction import hide
 from .ranks import is_main_process
 
 _LIBRARIES = ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric")
+
+
+class _Formatter(logging.Formatter):
+    """Leaves secrets of the environment out: an error of a library may quote its request with the key in it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return hide(super().format(record))
 
 
 class _Terminal(logging.Handler):
@@ -30,8 +38,9 @@ def log_to(folder: Path) -> Iterator[None]:
     """Within this context, write `folder/log.txt` and keep the terminal short; other ranks say nothing but errors."""
     main = is_main_process()
     file = logging.FileHandler(folder / "log.txt", encoding="utf-8", delay=True) if main else logging.NullHandler()
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    file.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     terminal = _Terminal()
+    terminal.setFormatter(_Formatter())
     kexue, warned = logging.getLogger("kexue"), logging.getLogger("py.warnings")
     libraries = [logging.getLogger(name) for name in _LIBRARIES]
     # Lightning prints to the terminal by handlers of its own.

@@ -13,10 +13,11 @@ from types import ModuleType
 
 from .. import __version__
 from ..errors import InputError
+from ..redaction import hide
 from .errors import explain, suggest
 from .ranks import is_main_process, leave_message
 
-COMMANDS = ("fit", "test", "predict", "list", "plan", "study")
+COMMANDS = ("fit", "test", "predict", "dashboard", "list", "plan", "study")
 DONE, BUG, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -41,10 +42,10 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         line = explain(error)
         if line is None:
-            traceback.print_exc()
+            print(hide(traceback.format_exc()), end="", file=sys.stderr)
             return BUG
         if is_main_process():
-            print(f"kexue: {line}", file=sys.stderr)
+            print(f"kexue: {hide(line)}", file=sys.stderr)
         else:
             leave_message(line)
         return WRONG_INPUT
@@ -72,7 +73,7 @@ def _load(command: str) -> ModuleType:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<8} {(_load(name).__doc__ or '').splitlines()[0]}" for name in COMMANDS]
+    lines = [f"  {name:<9} {(_load(name).__doc__ or '').splitlines()[0]}" for name in COMMANDS]
     return "\n".join(
         [
             "usage: kexue COMMAND [KEY=VALUE ...]",

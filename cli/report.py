@@ -9,7 +9,17 @@ from rich.console import Console
 from rich.table import Table
 
 STAGES = ("train", "val", "test")
-_SHOWN = ("config.yaml", "metrics.csv", "metrics.json", "checkpoints", "plots", "predictions", "wandb", "log.txt")
+_SHOWN = (
+    "config.yaml",
+    "metrics.csv",
+    "metrics.json",
+    "checkpoints",
+    "plots",
+    "predictions",
+    "report.html",
+    "wandb",
+    "log.txt",
+)
 
 
 def metrics_table(metrics: Mapping[str, float | None]) -> Table:

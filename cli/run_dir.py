@@ -19,6 +19,7 @@ from .ranks import inherited_run_dir, is_main_process
 
 ROOT = Path("runs")
 METRICS_FILE = "metrics.json"
+PROVENANCE_FILE = "provenance.json"
 _STARTED_BY_OTHERS = ("WORLD_SIZE", "LOCAL_RANK", "NODE_RANK")
 
 
@@ -82,7 +83,12 @@ def saved_checkpoint(run_dir: Path, choice: str) -> Path:
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Write the resolved config."""
-    _write(folder / CONFIG_FILE, yaml.safe_dump(dict(config), allow_unicode=True, sort_keys=False))
+    write_text(folder / CONFIG_FILE, yaml.safe_dump(dict(config), allow_unicode=True, sort_keys=False))
+
+
+def write_provenance(folder: Path, provenance: Mapping[str, Any]) -> None:
+    """Write where the run comes from: code, data, versions."""
+    write_text(folder / PROVENANCE_FILE, json.dumps(provenance, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_metrics(folder: Path, metrics: Mapping[str, float]) -> dict[str, float | None]:
@@ -98,7 +104,7 @@ def write_metrics(folder: Path, metrics: Mapping[str, float]) -> dict[str, float
         merged = {}
     merged.update({key: float(value) if math.isfinite(value) else None for key, value in metrics.items()})
     merged = dict(sorted(merged.items()))
-    _write(path, json.dumps(merged, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(merged, indent=2, ensure_ascii=False) + "\n")
     return merged
 
 
@@ -148,7 +154,7 @@ def _continue_from(folder: Path, resume: str | None) -> tuple[Path | None, Path 
     return checkpoint, assets if assets.is_dir() else None
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write beside, then rename: a reader sees the old file or the new one."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:

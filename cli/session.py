@@ -11,15 +11,17 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
+from ..callbacks.provenance import data_state, git_state, versions
+from ..callbacks.wandb_run import WandbRun
 from ..data.base import KexueDataModule
 from ..errors import InputError
 from .errors import one_line
-from .run_dir import write_config
+from .run_dir import write_config, write_provenance
 from .targets import build, check_arguments, resolve
 
 
 class RunRecord(pl.Callback):
-    """Puts the config where the run can be read from: `config.yaml`, and the loggers once all processes are up.
+    """Puts what a run is where it can be read: `config.yaml`, `provenance.json`, and the loggers once all are up.
 
     A continued run writes the file only when its checkpoint has been accepted: the config of the run that was there
     before stays readable if it was not.
@@ -28,16 +30,36 @@ class RunRecord(pl.Callback):
     def __init__(self, config: Mapping[str, Any], folder: Path) -> None:
         self.config = config
         self.folder = folder
+        self._known: dict[str, Any] = {}
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Tell the loggers."""
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Tell the loggers, before Lightning tells them the hyperparameters of the module alone."""
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        about = {**self.config, "family": family(self.config), "provenance": self._provenance(trainer)}
         for logger in trainer.loggers:
-            logger.log_hyperparams(dict(self.config))
+            if isinstance(logger, WandbRun):
+                logger.log_config(about)
+            else:
+                logger.log_hyperparams(dict(self.config))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the file."""
+        """Write the files."""
         if trainer.is_global_zero:
             write_config(self.folder, self.config)
+            write_provenance(self.folder, self._provenance(trainer))
+
+    def _provenance(self, trainer: pl.Trainer) -> dict[str, Any]:
+        if not self._known:
+            data: Any = getattr(trainer, "datamodule", None)
+            known = isinstance(data, KexueDataModule)
+            self._known = {
+                "git": git_state(),
+                "data": data_state(data.source_files(), data.num_rows()) if known else None,
+                "versions": versions(),
+                "world_size": trainer.world_size,
+            }
+        return self._known
 
 
 class Predictions(pl.Callback):
@@ -127,6 +149,12 @@ def make_trainer(
         raise
     except (ValueError, MisconfigurationException) as error:
         raise InputError(f"trainer: {one_line(error)}") from error
+
+
+def family(config: Mapping[str, Any]) -> str:
+    """The package that a model comes from, such as "extraction": models of one family share a dashboard."""
+    parts = str(config["model"].get("_target_", "")).split(".")
+    return parts[2] if parts[:2] == ["kexue", "lightning_modules"] and len(parts) > 3 else "other"
 
 
 def has_test(model: pl.LightningModule, data: KexueDataModule) -> bool:

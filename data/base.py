@@ -123,6 +123,14 @@ class KexueDataModule(pl.LightningDataModule, ABC):
     def collator(self) -> Callable[[list[Any]], dict[str, Any]]:
         """The function from records to a batch; it travels to loader processes, so it holds no more than it needs."""
 
+    def source_files(self) -> list[Path]:
+        """Files that the records are read from; none for a built-in source."""
+        return []
+
+    def num_rows(self) -> dict[str, int]:
+        """Records of each split that has been read."""
+        return {split: len(records) for split, records in self._records.items()}
+
     def length(self, record: Any) -> int:
         """How long a record is, for batches of similar lengths."""
         return 1

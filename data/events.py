@@ -125,6 +125,11 @@ class EventDataModule(KexueDataModule):
         label_ids = {(kind, role): i for i, (kind, role) in enumerate(self.labels)}
         return EventCollator(self._tokenizer(), label_ids, self.row_budget)
 
+    def source_files(self) -> list[Path]:
+        """The files of the splits and the schema, and the vocabulary if one is given."""
+        given = [Path(self.vocab_file)] if self.vocab_file is not None else []
+        return given if self.root is None else [self.root / name for name in self.files.values()] + given
+
     def length(self, record: EventRecord) -> int:
         """Characters of the text."""
         return len(record.text)

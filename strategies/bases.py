@@ -235,6 +235,7 @@ class TechniqueMixin(Strategy):
             "module": f"{type(module).__module__}.{type(module).__qualname__}",
             "techniques": [repr(technique) for technique in self.techniques],
             "evaluates": None if self._evaluating is None else type(self._evaluating).__name__,
+            "loggers": {type(logger).__name__: logger.version for logger in trainer.loggers if logger.version},
             "parameters": self.parameter_shapes(),
         }
 

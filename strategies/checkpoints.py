@@ -147,8 +147,8 @@ def newest(folder: Path) -> Path | None:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Return what a checkpoint says of itself: `base`, `stage`, `world_size`, `step`, `epoch`, `module`, `techniques`
-    and `parameters` (name to shape); empty for one that kexue's strategies did not write.
+    """Return what a checkpoint says of itself: `base`, `stage`, `world_size`, `step`, `epoch`, `module`, `techniques`,
+    `loggers` (class to the id of its run) and `parameters` (name to shape); empty for one that kexue did not write.
 
     Raises:
         InputError: If it is missing, damaged or incomplete.

@@ -1,6 +1,7 @@
 """The CSV file over interruptions, and W&B without an account."""
 
 import csv
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from kexue.callbacks import CSVMetrics, wandb_logger
-from kexue.callbacks.loggers import has_wandb_key
+from kexue.callbacks.wandb_run import has_wandb_key
 from kexue.errors import InputError
+from kexue.strategies import SingleDevice, describe
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -84,11 +86,11 @@ class Tiny(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-def fit(logger, folder: Path, epochs: int, resume=None, fail_at: int = -1) -> pl.Trainer:
+def fit(logger, folder: Path, epochs: int, resume=None, fail_at: int = -1, **options) -> pl.Trainer:
     data = DataLoader(torch.ones(4, 2), batch_size=1)
     trainer = pl.Trainer(
         max_epochs=epochs, logger=logger, log_every_n_steps=2, default_root_dir=folder, accelerator="cpu",
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, **options,
     )  # fmt: skip
     trainer.fit(Tiny(fail_at), data, data, ckpt_path=resume, weights_only=True)
     return trainer
@@ -109,7 +111,7 @@ def test_in_a_trainer_that_fails_and_resumes(tmp_path: Path) -> None:
 
 @pytest.fixture
 def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_RUN_ID", "SLURM_ARRAY_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     return monkeypatch
@@ -165,3 +167,26 @@ def test_wandb_keeps_the_run_and_prints_nothing(no_account, tmp_path: Path, capf
     assert wandb_logger(tmp_path)._wandb_init["id"] == run.id
     assert wandb_logger(tmp_path)._wandb_init["resume"] == "allow"
     assert "wandb" not in "".join(capfd.readouterr()).lower()
+
+
+def test_the_run_is_found_again_by_its_checkpoint(no_account: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where `wandb/` was cleaned away; a run that branches off into another folder is a run of its own."""
+    no_account.setenv("WANDB_MODE", "disabled")
+    logger = wandb_logger(tmp_path)
+    trainer = fit(logger, tmp_path, epochs=1, strategy=SingleDevice())
+    path = tmp_path / "checkpoints" / "step=00000004.ckpt"
+    trainer.save_checkpoint(path)
+    kept = (tmp_path / "wandb" / "run_id").read_text()
+    assert describe(path)["loggers"] == {"WandbRun": kept}
+    shutil.rmtree(tmp_path / "wandb")
+    assert wandb_logger(tmp_path)._wandb_init["id"] == kept
+    assert wandb_logger(tmp_path / "branch")._wandb_init["id"] != kept
+
+
+def test_an_array_job_is_a_group(no_account: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert wandb_logger(tmp_path)._wandb_init["group"] is None
+    no_account.setenv("SLURM_ARRAY_JOB_ID", "77")
+    assert wandb_logger(tmp_path, name="tiny")._wandb_init["group"] == "tiny-77"
+    assert wandb_logger(tmp_path, group="mine")._wandb_init["group"] == "mine"
+    with pytest.raises(InputError, match="watch_every=0"):
+        wandb_logger(tmp_path, watch="all", watch_every=0)

@@ -1,28 +1,19 @@
-"""Where logged values go: one CSV file that outlives interruptions, and Weights & Biases, offline without a key."""
+"""Logged values in one CSV file that outlives interruptions."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import importlib.util
 import io
-import netrc
 import os
-import uuid
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import urlparse
 
 import pytorch_lightning as pl
-from lightning_fabric.loggers.logger import _DummyExperiment
-from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import nn
-
-from ..errors import InputError
 
 
 class CSVMetrics(Logger):
@@ -143,103 +134,3 @@ class CSVMetrics(Logger):
         self._row = {}
         rows = self._read()
         return self._rewrite([row for row in rows if not row["step"] or int(row["step"]) < step])
-
-
-class _RunLogger(WandbLogger):
-    """W&B's logger with one history row a step, and closed in time when a cluster's signal comes.
-
-    Several callers log at one step; each call to W&B costs a message to its process, so their values go in one. That
-    process is killed together with the job's and writes an offline run only every few seconds: what came after the last
-    time would be lost (https://github.com/wandb/wandb/issues/9963). Lightning's handler of the signal calls
-    `finalize("finished")` before it saves a checkpoint; at the end of an ordinary run the word is "success".
-    """
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._row: dict[str, Any] = {}
-        self._row_step: int | None = None
-        self._closed = False
-        self._wandb_init.pop("anonymous", None)  # Lightning passes None, and wandb 0.31 warns where anything is passed
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        if step != self._row_step or (metrics.keys() & self._row.keys()) - {"epoch"}:
-            self._send()
-        self._row_step = step
-        self._row.update(metrics)
-
-    def _send(self) -> None:
-        row, self._row = self._row, {}
-        if row and not self._closed:
-            super().log_metrics(row, self._row_step)
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        self._send()
-        super().finalize(status)
-        if status == "finished" and self._experiment is not None and not isinstance(self._experiment, _DummyExperiment):
-            self._experiment.mark_preempting()
-            self._experiment.finish(exit_code=1)
-            self._closed = True
-
-
-def has_wandb_key() -> bool:
-    """Tell, without asking anyone, whether there is a key for W&B: in `WANDB_API_KEY`, or left by `wandb login`."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    path = os.environ.get("NETRC")
-    for file in [Path(path)] if path else [Path.home() / ".netrc", Path.home() / "_netrc"]:
-        with contextlib.suppress(OSError, netrc.NetrcParseError):
-            if netrc.netrc(str(file)).authenticators(host or ""):
-                return True
-    return False
-
-
-@rank_zero_only
-def _run_id(folder: Path) -> str:
-    """Return the id kept in the run directory, so that a resumed run continues the same W&B run."""
-    file = folder / "wandb" / "run_id"
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(uuid.uuid4().hex[:8], encoding="ascii")
-    return file.read_text(encoding="ascii").strip()
-
-
-def wandb_logger(folder: str | Path, project: str = "kexue", offline: bool | None = None, **kwargs: Any) -> WandbLogger:
-    """Make a W&B logger for a run directory: silent, resumable, offline unless there is a key.
-
-    Values are plotted against `trainer/global_step`, the one axis that stays right over interruptions. Send an offline
-    run later with `wandb sync FOLDER/wandb/offline-run-*`.
-
-    Args:
-        folder: Run directory; W&B's files and the run's id go to `folder/wandb`.
-        project: W&B project.
-        offline: True: keep everything here. False: send it. None: send it if there is a key; `WANDB_MODE` is obeyed.
-        **kwargs: Passed to `WandbLogger`, and by it to `wandb.init` (`name`, `group`, `tags`, `entity`, ...).
-
-    Raises:
-        ImportError: If wandb is not installed.
-        InputError: If `offline=False` and there is no key.
-    """
-    if importlib.util.find_spec("wandb") is None:
-        raise ImportError("wandb is not installed: pip install wandb, or choose logger=csv.")
-    key = has_wandb_key()
-    if offline is False and not key:
-        raise InputError(
-            "wandb_logger(offline=False): no key for W&B; run `wandb login`, set WANDB_API_KEY, or offline=true."
-        )
-    chosen = os.environ.get("WANDB_MODE", "")
-    if offline is None and (key or chosen in ("offline", "dryrun", "disabled")):
-        mode = chosen or "online"
-    else:
-        mode = "online" if offline is False else "offline"
-    # `offline=True` of Lightning would set WANDB_MODE for the whole process and for every later run in it.
-    return _RunLogger(
-        project=project,
-        save_dir=Path(folder),
-        id=_run_id(Path(folder)),
-        mode=mode,
-        settings={"silent": True, "console": "off"},
-        **kwargs,
-    )
