@@ -1,4 +1,4 @@
-"""What watches or steers a run: checkpoints, throughput, memory, the progress bar, plots, and the loggers."""
+"""What watches or steers a run: checkpoints, throughput, memory, preemption, progress, plots, and the loggers."""
 
 from .checkpoints import Checkpoints
 from .confusion_matrix import ConfusionMatrixPlot
@@ -6,6 +6,7 @@ from .exact_schedule import ExactSchedule, exact_schedule
 from .gradient_normaliser import GradientNormaliser
 from .loggers import CSVMetrics, wandb_logger
 from .memory import MemoryPeak
+from .preemption import Preemption
 from .progress import ProgressBar
 from .throughput import Throughput
 
@@ -16,6 +17,7 @@ __all__ = [
     "ExactSchedule",
     "GradientNormaliser",
     "MemoryPeak",
+    "Preemption",
     "ProgressBar",
     "Throughput",
     "exact_schedule",

@@ -19,12 +19,12 @@ NOT_THE_PACKAGE = {"tests", "benchmarks", "docs", "build", "dist"}
 
 # Folder -> what of kexue it may import; "" are the modules of the root itself.
 INSIDE = {
-    "": {"errors"},
+    "": {"errors", "signals"},
     "nn": {"nn", "errors"},
     "analysis": {"analysis", "nn", "errors"},
     "data": {"data", "errors"},
     "strategies": {"strategies", "nn", "errors"},
-    "callbacks": {"callbacks", "strategies", "nn", "errors"},
+    "callbacks": {"callbacks", "strategies", "nn", "errors", "signals"},
     "lightning_modules": {"lightning_modules", "nn", "data.records", "errors"},
     "conf": set(),
 }
