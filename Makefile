@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow setup setup-dev lint bench clean
+.PHONY: demo test slow cluster setup setup-dev lint bench clean
 
 # Install, then train the built-in default on scikit-learn's digits.
 demo: setup
@@ -14,6 +14,10 @@ test: setup-dev
 
 slow: setup-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+# Jobs on a private SLURM of two nodes; needs root, and: apt-get install slurm-wlm munge
+cluster: setup-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster
 
 lint: setup-dev
 	$(BIN)/ruff check .

@@ -23,6 +23,7 @@ SCRIPTS = {
     "zero": ["zero"],
     "zero_results": ["zero_results"],
     "gloo": ["gloo"],
+    "preemption": ["preemption"],
     "event_decoding": ["event_decoding"],
     "transformer_training": ["transformer", "--part", "training"],
     "transformer_generation": ["transformer", "--part", "generation"],

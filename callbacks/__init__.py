@@ -1,4 +1,4 @@
-"""What watches or steers a run: checkpoints, throughput, memory, progress, alerts, pictures, tables, and loggers."""
+"""What watches or steers a run: checkpoints, preemption, throughput, memory, alerts, pictures, tables, and loggers."""
 
 from .alerts import Alerts, alert
 from .checkpoints import Checkpoints
@@ -10,6 +10,7 @@ from .memory import MemoryPeak
 from .non_finite import StopOnNonFinite
 from .pictures import Pictures, log_picture
 from .prediction_table import PredictionTable
+from .preemption import Preemption
 from .progress import ProgressBar
 from .stall import StopWhenStalled
 from .tensorboard import tensorboard_logger
@@ -26,6 +27,7 @@ __all__ = [
     "MemoryPeak",
     "Pictures",
     "PredictionTable",
+    "Preemption",
     "ProgressBar",
     "StopOnNonFinite",
     "StopWhenStalled",

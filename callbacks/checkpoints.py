@@ -62,6 +62,7 @@ class Checkpoints(Checkpoint):
         self._best_value: float | None = None
         self._step_seen = 0
         self._due = False
+        self._open = False
 
     @property
     def last_model_path(self) -> str:
@@ -79,18 +80,24 @@ class Checkpoints(Checkpoint):
         return self._best_value
 
     def state_dict(self) -> dict[str, Any]:
-        """Names and the best value; names, not paths, so that a run directory can be moved."""
-        return {"last": self._last, "best": self._best, "best_value": self._best_value}
+        """Names and the best value; names, not paths, so that a run directory can be moved.
+
+        `open` is there where the validation of the last one was still to come, with whether it was to be saved then.
+        """
+        state = {"last": self._last, "best": self._best, "best_value": self._best_value}
+        return {**state, "open": {"due": self._due}} if self._open else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what the resumed checkpoint knew of its neighbours."""
         self._last, self._best = state_dict["last"], state_dict["best"]
         self._best_value = state_dict["best_value"]
+        self._open = "open" in state_dict
+        self._due = self._open and state_dict["open"]["due"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget what the folder does not hold: the run may continue in another folder, or from an older checkpoint."""
         self._step_seen = trainer.global_step
-        self._due = False
+        self._due = self._due and self._open
         resumed = trainer.global_step > 0
         there = [resumed and name is not None and (self.folder / name).exists() for name in (self._last, self._best)]
         last_there, best_there = trainer.strategy.broadcast(there)
@@ -131,6 +138,20 @@ class Checkpoints(Checkpoint):
         """Save the last step if nothing has."""
         self._save(trainer, None)
 
+    def save_at_once(self, trainer: pl.Trainer, *, validated: bool = True) -> None:
+        """Save now, on every process, because the run is about to end.
+
+        Args:
+            trainer: Of the run.
+            validated: False in the middle of a validation; the continued run repeats it, and then saves this step again
+                with the value it gave, as it would have done.
+        """
+        self._save(trainer, None, validated)
+
+    def save_next(self) -> None:
+        """Save at the end of the epoch or after the validation that follows, whichever comes first."""
+        self._due = True
+
     def _epoch_is_due(self, trainer: pl.Trainer) -> bool:
         return (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
@@ -154,24 +175,25 @@ class Checkpoints(Checkpoint):
             return True
         return value < self._best_value if self.mode == "min" else value > self._best_value
 
-    def _save(self, trainer: pl.Trainer, value: float | None) -> None:
+    def _save(self, trainer: pl.Trainer, value: float | None, validated: bool = True) -> None:
         """Save on every process; move links and delete on the first."""
         name = f"step={trainer.global_step:08d}.ckpt"
-        if name == self._last or trainer.fast_dev_run or not trainer.global_step:  # pyright: ignore[reportAttributeAccessIssue]
+        known = name == self._last and not self._open
+        if known or trainer.fast_dev_run or not trainer.global_step:  # pyright: ignore[reportAttributeAccessIssue]
             return
         if trainer.is_global_zero:
             self._delete(_LEFT_OVER, keep=set())
         # Every process goes by the first one's value. It also keeps them from writing before the folder is clean.
         value = trainer.strategy.broadcast(value)
-        before = self._last, self._best, self._best_value
+        before = self._last, self._best, self._best_value, self._open
         # The state goes into the checkpoint itself, so it changes first.
         if self._is_best(value):
             self._best, self._best_value = name, value
-        self._last = name
+        self._last, self._open = name, not validated
         try:
             trainer.save_checkpoint(self.folder / name, weights_only=False)
         except BaseException:
-            self._last, self._best, self._best_value = before
+            self._last, self._best, self._best_value, self._open = before
             raise
         self._due = False
         if trainer.is_global_zero:

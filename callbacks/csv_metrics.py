@@ -67,7 +67,7 @@ class CSVMetrics(Logger):
         row = {"step": "" if step is None else step, **metrics}
         file = self._file or self._open()
         if self._old_rows and step is not None and self._trainer is not None and self._trainer.state.fn == "fit":
-            file = self._drop_from(step)
+            file = self._drop_from(step, metrics)
         merged = self._row | row
         if all(merged[key] == value for key, value in self._row.items()) and self._row:
             row = merged
@@ -129,8 +129,15 @@ class CSVMetrics(Logger):
         self._file.seek(0, os.SEEK_END)
         return self._file
 
-    def _drop_from(self, step: int) -> IO[str]:
+    def _drop_from(self, step: int, metrics: Mapping[str, float]) -> IO[str]:
         self._old_rows = False
         self._row = {}
         rows = self._read()
-        return self._rewrite([row for row in rows if not row["step"] or int(row["step"]) < step])
+        kept = [row for row in rows if not row["step"] or int(row["step"]) < step]
+        for row in rows:
+            known = {key: value for key, value in row.items() if value and key != "epoch"}
+            if row["step"] == str(step) and not known.keys() & metrics.keys():
+                # A validation that is repeated: the step itself is not, and both share a row.
+                kept.append(row)
+                self._row = {**known, "step": step}
+        return self._rewrite(kept)

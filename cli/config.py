@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import InputError
 from ..redaction import secrets_in
+from .cluster import Cluster
 from .errors import one_line, suggest
 from .targets import check, check_arguments, fits
 
@@ -115,6 +116,8 @@ def validate(config: dict[str, Any]) -> None:
         if not isinstance(config.get(key), dict):
             raise InputError(f"{key}={config.get(key)!r}: expected keys below {key}, such as {key}.NAME=VALUE")
     check_arguments(Trainer, config["trainer"], "trainer", TRAINER_KEYS_OF_KEXUE)
+    if config.get("cluster"):
+        check_arguments(Cluster, config["cluster"], "cluster")
     check(config, supplied={"strategy": ("techniques",), "model": ("*",)})
     for key in ("strategy", "data", "model"):
         if "_target_" not in config[key]:

@@ -18,23 +18,36 @@ Your own experiments lie in FOLDER/experiment/NAME.yaml: kexue fit hydra.searchp
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from ..errors import InputError
+from ..signals import Preempted, caught, installed
 
 
 def run(args: list[str]) -> int:
     """Train and test; see the module's help."""
+    with caught():  # from the start: what loads for seconds must not die of a signal that asks to save
+        _run(args)
+    return 0
+
+
+def _run(args: list[str]) -> None:
     from .config import compose_run, plain, validate
     from .logs import log_to
-    from .ranks import shared_run_dir
+    from .ranks import adopt_processes, shared_run_dir
     from .run_dir import open_run
 
     composed = compose_run(args)
     config = plain(composed, composed.run_dir or "runs")
     validate(config)  # before a directory is made or anything is started
+    if config["cluster"]:
+        raise InputError("cluster=... chooses where kexue submit sends a run; kexue fit runs it here")
+    adopt_processes(config["trainer"])
     place = open_run(composed.run_dir, config["name"], config["resume"])
     with shared_run_dir(place.folder), log_to(place.folder):
         _fit(plain(composed, place.folder), place)
-    return 0
 
 
 def _fit(config: dict[str, Any], place: Any) -> None:
@@ -47,7 +60,7 @@ def _fit(config: dict[str, Any], place: Any) -> None:
     from .config import CONFIG_FILE
     from .exhausted import advised
     from .launcher import supervised
-    from .ranks import is_main_process, leave_group
+    from .ranks import is_main_process
     from .report import print_report
     from .run_dir import write_config, write_metrics
 
@@ -63,15 +76,17 @@ def _fit(config: dict[str, Any], place: Any) -> None:
         assets = place.folder / "assets"
         assets.mkdir(exist_ok=True)
         data.save_assets(assets)
+    callbacks = session.make_parts(config, "callbacks")
+    _listen(callbacks)
     trainer = session.make_trainer(
         config,
         place.folder,
         strategy=session.make_strategy(config),
-        callbacks=[*session.make_parts(config, "callbacks"), session.RunRecord(config, place.folder)],
+        callbacks=[*callbacks, session.RunRecord(config, place.folder)],
         loggers=session.make_parts(config, "logger"),
     )
     step_before = describe(place.checkpoint).get("step") if place.checkpoint else None
-    with supervised(trainer), advised(trainer, config):
+    with supervised(trainer), advised(trainer, config), _leaving_together():
         trainer.fit(model, datamodule=data, ckpt_path=place.checkpoint)
         metrics = session.numbers(trainer.callback_metrics)
         if trainer.global_step == step_before:
@@ -82,7 +97,30 @@ def _fit(config: dict[str, Any], place: Any) -> None:
             metrics |= session.numbers(trainer.callback_metrics)
         if trainer.is_global_zero:
             print_report(write_metrics(place.folder, metrics), place.folder)
+
+
+@contextmanager
+def _leaving_together() -> Iterator[None]:
+    """Close the process group at the end of the run, also of one that was asked to stop; not after an error."""
+    from .ranks import leave_group
+
+    try:
+        yield
+    except Preempted:
         leave_group()
+        raise
+    leave_group()
+
+
+def _listen(callbacks: list[Any]) -> None:
+    """Let signals do what they do elsewhere, unless a callback answers them."""
+    from ..callbacks import Preemption
+
+    request = installed()
+    if request is not None and not any(isinstance(callback, Preemption) for callback in callbacks):
+        request.restore()
+        if request.received:
+            raise Preempted(f"asked to stop ({request.received}) before the run began")
 
 
 def _best(folder: Any) -> str | None:

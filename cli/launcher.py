@@ -23,6 +23,7 @@ from lightning_fabric.utilities.distributed import _set_num_threads_if_needed
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from ..errors import InputError
+from ..signals import PREEMPTED, Preempted
 from .ranks import inherited_run_dir, take_message
 
 GRACE_SECONDS = 10.0  # for the main process to fail by itself after another rank did
@@ -51,7 +52,7 @@ class WatchedLauncher(_SubprocessScriptLauncher):
         """Why another rank failed, waiting for the end of all ranks at most this long; None when none did."""
         end = time.monotonic() + seconds
         while any(child.poll() is None for child in self.procs) and time.monotonic() < end:
-            if any(child.returncode for child in self.procs):
+            if self._failed():
                 break
             time.sleep(0.05)
         return next((_reason(rank, child) for rank, child in self._failed()), None)
@@ -67,7 +68,8 @@ class WatchedLauncher(_SubprocessScriptLauncher):
             take_message(child.pid)
 
     def _failed(self) -> list[tuple[int, subprocess.Popen]]:
-        return [(rank, child) for rank, child in enumerate(self.procs, start=1) if child.poll()]
+        good = (None, 0, PREEMPTED)
+        return [(rank, child) for rank, child in enumerate(self.procs, start=1) if child.poll() not in good]
 
     def _watch(self) -> None:
         while not self._failed():
@@ -99,6 +101,9 @@ def supervised(trainer: pl.Trainer) -> Iterator[None]:
     strategy._launcher = launcher
     try:
         yield
+    except Preempted:
+        launcher.failure(NOTICE_SECONDS)  # the others leave too
+        raise
     except InputError:
         raise
     except Exception as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..redaction import hide
+from ..signals import Preempted
 from .ranks import is_main_process
 
 _LIBRARIES = ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric")
@@ -65,6 +66,8 @@ def log_to(folder: Path) -> Iterator[None]:
     warnings.showwarning = show_warning
     try:
         yield
+    except Preempted:
+        raise
     except BaseException:
         file.handle(kexue.makeRecord("kexue", logging.ERROR, __file__, 0, "the run ended with:", (), sys.exc_info()))
         raise

@@ -14,11 +14,16 @@ from types import ModuleType
 from .. import __version__
 from ..errors import InputError
 from ..redaction import hide
+from ..signals import PREEMPTED, Preempted, ignore_signals
 from .errors import explain, suggest
-from .ranks import is_main_process, leave_message
+from .ranks import is_main_process, leave_message, rank
 
-COMMANDS = ("fit", "test", "predict", "dashboard", "list", "plan", "study")
+COMMANDS = (
+    *("fit", "test", "predict", "submit", "status", "logs", "cancel", "dashboard"),
+    *("list", "plan", "study"),
+)
 DONE, BUG, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+_MODULES = {"logs": "job_logs"}  # `logs` is about the log of a run, for all commands
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,12 +33,16 @@ def main(argv: list[str] | None = None) -> int:
         argv: words after `kexue`; None takes those of this process.
 
     Returns:
-        0 done, 2 the input is wrong (one line on stderr says what to type), 1 a bug (traceback), 130 interrupted.
+        0 done, 2 the input is wrong (one line on stderr says what to type), 1 a bug (traceback), 75 asked to stop by a
+        signal and saved, 130 interrupted.
     """
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
         return INTERRUPTED
+    except Preempted:
+        ignore_signals()  # srun ends the others at the first exit, and Python's own handlers go before it does
+        return PREEMPTED
     except SystemExit as stop:
         # Lightning answers Ctrl-C by leaving with 1, which would read as a bug.
         if isinstance(stop.__context__, KeyboardInterrupt):
@@ -46,12 +55,14 @@ def main(argv: list[str] | None = None) -> int:
             return BUG
         if is_main_process():
             print(f"kexue: {hide(line)}", file=sys.stderr)
-        else:
-            leave_message(line)
+        elif not leave_message(line):
+            print(f"kexue: rank {rank()}: {hide(line)}", file=sys.stderr)
         return WRONG_INPUT
 
 
 def _dispatch(args: list[str]) -> int:
+    # DeepSpeed's launcher puts this word in front; the environment says the same.
+    args = [word for word in args if not word.startswith("--local_rank=")]
     command = args.pop(0) if args else "--help"
     if command in ("-h", "--help", "help"):
         print(_usage())
@@ -69,7 +80,7 @@ def _dispatch(args: list[str]) -> int:
 
 
 def _load(command: str) -> ModuleType:
-    return importlib.import_module(f".{command}", __package__)
+    return importlib.import_module(f".{_MODULES.get(command, command)}", __package__)
 
 
 def _usage() -> str:

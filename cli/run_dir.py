@@ -15,9 +15,11 @@ import yaml
 
 from ..errors import InputError
 from .config import CONFIG_FILE
-from .ranks import inherited_run_dir, is_main_process
+from .ranks import INTERACTIVE_JOBS, inherited_run_dir, is_main_process
 
 ROOT = Path("runs")
+JOBS = "jobs"
+"""Folder beside the run directories of an experiment, for batch scripts and logs."""
 METRICS_FILE = "metrics.json"
 PROVENANCE_FILE = "provenance.json"
 _STARTED_BY_OTHERS = ("WORLD_SIZE", "LOCAL_RANK", "NODE_RANK")
@@ -52,12 +54,20 @@ def open_run(run_dir: str | int | None, name: str, resume: str | None) -> Place:
     inherited = inherited_run_dir()
     folder = inherited or _choose(run_dir, name)
     if inherited is None and is_main_process():
-        if resume is None and (folder / CONFIG_FILE).exists():
-            raise InputError(
-                f"run_dir={folder} holds a run already; continue it with resume=auto or choose another run_dir"
-            )
+        _check_new(folder, resume)
         folder.mkdir(parents=True, exist_ok=True)
     return Place(folder, *_continue_from(folder, resume))
+
+
+def starting_point(run_dir: Path | None, resume: str | None) -> Path | None:
+    """The checkpoint of another run that a job is to start from, if one was given.
+
+    Raises:
+        InputError: as `open_run`, before the job is queued.
+    """
+    if run_dir is not None:
+        _check_new(run_dir, resume)
+    return None if resume in ("auto", None) else _continue_from(run_dir or ROOT, resume)[0]
 
 
 def saved_checkpoint(run_dir: Path, choice: str) -> Path:
@@ -111,7 +121,7 @@ def write_metrics(folder: Path, metrics: Mapping[str, float]) -> dict[str, float
 def job_id() -> str | None:
     """The cluster's id of this job, the same after a requeue; None outside a batch job."""
     environment = os.environ
-    if environment.get("SLURM_JOB_NAME") in ("bash", "interactive"):  # a shell, in which many runs may be started
+    if environment.get("SLURM_JOB_NAME") in INTERACTIVE_JOBS:
         return None
     if "SLURM_ARRAY_JOB_ID" in environment:
         return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment.get('SLURM_ARRAY_TASK_ID', '0')}"
@@ -138,6 +148,13 @@ def _choose(run_dir: str | int | None, name: str) -> Path:
             return folder
         except FileExistsError:
             number += 1
+
+
+def _check_new(folder: Path, resume: str | None) -> None:
+    if resume is None and (folder / CONFIG_FILE).exists():
+        raise InputError(
+            f"run_dir={folder} holds a run already; continue it with resume=auto or choose another run_dir"
+        )
 
 
 def _continue_from(folder: Path, resume: str | None) -> tuple[Path | None, Path | None]:

@@ -16,7 +16,7 @@ from pytorch_lightning.trainer.states import TrainerFn, TrainerStatus
 
 from ..errors import InputError
 from .checkpoints import KEY, AtomicCheckpointIO, check_parameters, shapes_of
-from .resume import Position, ResumableLoader, rewind
+from .resume import Position, ResumableLoader, random_state, repeat_validation, rewind, set_random_state
 from .technique import Technique, check_techniques
 
 
@@ -39,6 +39,8 @@ class TechniqueMixin(Strategy):
         self._states: dict[str, Any] = {}
         self._attached: pl.LightningModule | None = None
         self._exchanged = False
+        self._before_validation: dict[str, Any] | None = None
+        self._validation_open = False
 
     # Techniques
 
@@ -159,6 +161,16 @@ class TechniqueMixin(Strategy):
         super().on_validation_end()
         if self._attached is not None:
             self._exchange(False)
+            self._let_schedulers_see()
+
+    def _let_schedulers_see(self) -> None:
+        """In a resumed epoch Lightning keeps schedulers that wait for a plateau from looking, as if what they look at
+        were not there: after this epoch's validation it is (2.6)."""
+        trainer = self._trainer
+        assert trainer is not None
+        watched = [config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
+        if watched and all(key in trainer.callback_metrics for key in watched):
+            trainer.fit_loop._restarting = False
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load the optimisers, and with them the second set of weights."""
@@ -253,6 +265,26 @@ class TechniqueMixin(Strategy):
             for position in self.positions:
                 position.start_window(batch_idx)
 
+    def validation_follows(self) -> None:
+        """Note the random numbers that the validation after this step starts from, in case it is cut off."""
+        self._before_validation = random_state()
+
+    @contextmanager
+    def cut_off_validation(self) -> Iterator[None]:
+        """Let checkpoints saved here continue at the start of the validation that runs, or is about to."""
+        self._validation_open = True
+        try:
+            yield
+        finally:
+            self._validation_open = False
+
+    def on_train_start(self) -> None:
+        """Let a validation that was cut off start from the random numbers it had."""
+        super().on_train_start()
+        pending = next((p.pending for p in self.positions if p.pending and p.pending.get("validating")), None)
+        if pending is not None:
+            set_random_state(pending["random"])
+
     def annotate(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Return the checkpoint with its description and the position of every process added.
 
@@ -264,6 +296,10 @@ class TechniqueMixin(Strategy):
         done = 0 if progress.is_last_batch else progress.current.processed  # type: ignore[attr-defined]
         open_batches = done % trainer.accumulate_grad_batches
         own = [position.state(done, open_batches) for position in self.positions or [Position()]]
+        validating = self._validation_open and not open_batches  # a window goes again, and the validation after it
+        if validating:
+            random = self._before_validation or random_state()
+            own = [{**state, "random": random, "validating": True} for state in own]
         positions: list[Any] = [own]
         if self.world_size > 1:
             positions = [None] * self.world_size
@@ -275,6 +311,8 @@ class TechniqueMixin(Strategy):
         }
         if open_batches:
             checkpoint["loops"] = rewind(checkpoint["loops"], done, done - open_batches)
+        if validating:
+            checkpoint["loops"] = repeat_validation(checkpoint["loops"])
         return checkpoint
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:

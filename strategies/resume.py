@@ -127,6 +127,21 @@ def rewind(loops: dict[str, Any], done: int, batches: int) -> dict[str, Any]:
     return {**loops, "fit_loop": {**loops["fit_loop"], "epoch_loop.batch_progress": progress}}
 
 
+def repeat_validation(loops: dict[str, Any]) -> dict[str, Any]:
+    """Return Lightning's loop counters, taken in the middle of a validation, such that it starts again when resumed.
+
+    Lightning goes back into a validation whose last batch was started and not processed, and would go on behind it.
+    """
+    key = "epoch_loop.val_loop.batch_progress"
+    progress = loops["fit_loop"][key]
+    before = progress["total"]["completed"] - progress["current"]["completed"]
+    begun, done = ("ready", "started"), ("processed", "completed")
+    total = {**dict.fromkeys(begun, before + 1), **dict.fromkeys(done, before)}
+    current = {**dict.fromkeys(begun, 1), **dict.fromkeys(done, 0)}
+    progress = {**progress, "total": total, "current": current, "is_last_batch": False}
+    return {**loops, "fit_loop": {**loops["fit_loop"], key: progress}}
+
+
 class ResumableLoader:
     """Any training loader, able to start in the middle of an epoch.
 
@@ -144,6 +159,8 @@ class ResumableLoader:
         pending, position.pending = position.pending, None
         skip, after_first = 0, None
         if pending is not None:
+            if pending.get("validating"):  # the validation has run from there on, and drawn its numbers
+                pending = {**pending, "random": random_state()}
             skip = pending["batches"]
             if pending["reused"]:
                 iter(self.loader)  # starts the workers that the run had already

@@ -19,12 +19,12 @@ NOT_THE_PACKAGE = {"tests", "benchmarks", "docs", "build", "dist"}
 
 # Folder -> what of kexue it may import; "" are the modules of the root itself.
 INSIDE = {
-    "": {"errors", "redaction", "wandb_records"},
+    "": {"errors", "redaction", "signals", "wandb_records"},
     "nn": {"nn", "errors"},
     "analysis": {"analysis", "nn", "errors"},
     "data": {"data", "errors"},
     "strategies": {"strategies", "nn", "errors"},
-    "callbacks": {"callbacks", "strategies", "nn", "errors", "redaction", "wandb_records"},
+    "callbacks": {"callbacks", "strategies", "nn", "errors", "redaction", "signals", "wandb_records"},
     "lightning_modules": {"lightning_modules", "nn", "data.records", "errors"},
     "conf": set(),
 }

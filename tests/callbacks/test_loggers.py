@@ -54,6 +54,17 @@ def test_resume_writes_again_what_came_later_and_loses_nothing_else(tmp_path: Pa
     assert len(rows(tmp_path)) == 4
 
 
+def test_a_validation_that_is_repeated_shares_the_row_of_its_step(tmp_path: Path) -> None:
+    logger = CSVMetrics(tmp_path)
+    logger.log_metrics({"train/loss": 0.4, "epoch": 0}, step=9)
+    logger.finalize("finished")
+    again = resumed(tmp_path)
+    again.log_metrics({"val/loss": 0.7, "epoch": 0}, step=9)
+    again.log_metrics({"train/loss": 0.3, "epoch": 1}, step=10)
+    text = (tmp_path / "metrics.csv").read_text()
+    assert text == "step,train/loss,epoch,val/loss\n9,0.4,0,0.7\n10,0.3,1,\n"
+
+
 def test_evaluating_later_takes_nothing_away(tmp_path: Path) -> None:
     CSVMetrics(tmp_path).log_metrics({"loss": 1.0}, step=9)
     resumed(tmp_path, "test").log_metrics({"test/loss": 2.0}, step=0)
