@@ -16,7 +16,7 @@ from ..errors import InputError
 from .errors import explain, suggest
 from .ranks import is_main_process, leave_message
 
-COMMANDS = ("fit", "test", "predict", "list", "plan", "study")
+COMMANDS = ("fit", "test", "predict", "export", "list", "plan", "study")
 DONE, BUG, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
