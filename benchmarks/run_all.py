@@ -34,6 +34,7 @@ SCRIPTS = {
 LONG = {
     "gplinker_duee": ["gplinker_duee"],
     "multi_sample_dropout": ["multi_sample_dropout", "--part", "pictures"],
+    "kill_test": ["kill_test"],
     "deepnorm_depth": ["deepnorm_depth", "--plot", "docs/deepnorm_update.png"],
 }
 NEED_DATA = ("packing", "gplinker_duee", "multi_sample_dropout")

@@ -45,7 +45,7 @@ def run(args: list[str]) -> int:
         _copy(found.folder, partial, ("config.yaml", "assets"))
         kind: Any = resolve(found.config["model"]["_target_"], "model")
         model = kind.load_from_checkpoint(partial / "model.ckpt", map_location="cpu", weights_only=True)
-        said = _write_transformers(model, partial)
+        said = write_transformers(model, partial)
         for path in partial.rglob("*"):
             sync_file(path)
         if output.is_dir():
@@ -87,8 +87,13 @@ def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
             shutil.copy2(source / name, target / name)
 
 
-def _write_transformers(model: pl.LightningModule, folder: Path) -> str:
-    """Write the folder if the model holds one Transformer of a published layout; say what was done."""
+def write_transformers(model: pl.LightningModule, folder: Path) -> str:
+    """Write `transformers/` into a folder if the model holds one Transformer of a published layout; say what was done.
+
+    Args:
+        model: With whole parameters.
+        folder: Holds the run's `assets`.
+    """
     from ..errors import InputError
     from ..nn.transformer import Transformer
     from ..nn.transformer.weights import to_pretrained
@@ -98,7 +103,8 @@ def _write_transformers(model: pl.LightningModule, folder: Path) -> str:
         return f"no transformers/, since the model holds {len(encoders)} encoders of kexue.nn.transformer"
     [(name, encoder)] = encoders.items()
     try:
-        to_pretrained(encoder, folder / "transformers")
+        # No layout can say this rate, and it is no part of the weights.
+        to_pretrained(encoder, folder / "transformers", feedforward_dropout=0.0)
     except InputError as error:
         return f"no transformers/, since no layout there fits {name}: {error}"
     _copy(folder / "assets", folder / "transformers", ("vocab.txt", "tokenizer.json"))

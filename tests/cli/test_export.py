@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from safetensors.torch import load_file
 
+from kexue.cli.export import write_transformers
 from kexue.cli.main import main
+from kexue.nn.transformer import Transformer, TransformerConfig
 from kexue.strategies import load_weights
 
 SMALL = [
@@ -22,7 +25,6 @@ SMALL = [
     "model.num_layers=1",
     "model.feedforward_dim=64",
     "model.warmup_steps=0",
-    "model.norm=post",  # then the encoder is RoFormer's
     "trainer.max_epochs=1",
     "trainer.accelerator=cpu",
     "trainer.enable_model_summary=false",
@@ -58,14 +60,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_all_is_there_and_opens_without_deepspeed(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     output = tmp_path / "out"
     assert main(["export", f"run={run}", f"output={output}", "checkpoint=last"]) == 0
-    assert "weights of step" in capsys.readouterr().out
-    assert {path.name for path in output.iterdir()} == {
-        "model.safetensors",
-        "model.ckpt",
-        "config.yaml",
-        "assets",
-        "transformers",
-    }
+    said = capsys.readouterr().out
+    assert "weights of step" in said
+    assert "no transformers/, since no layout there fits encoder" in said
+    assert {path.name for path in output.iterdir()} == {"model.safetensors", "model.ckpt", "config.yaml", "assets"}
     weights, saved = load_file(output / "model.safetensors"), load_weights(run / "checkpoints" / "last.ckpt")
     assert set(weights) == set(saved)
     assert all(torch.equal(weights[name], saved[name]) for name in saved)
@@ -76,19 +74,22 @@ def test_all_is_there_and_opens_without_deepspeed(run: Path, tmp_path: Path, cap
     assert "is there already" in capsys.readouterr().err
 
 
-def test_transformers_opens_its_folder(run: Path, tmp_path: Path) -> None:
+def test_transformers_opens_its_folder(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    from kexue.lightning_modules.extraction.gplinker import EventGPLinker
-
-    output = tmp_path / "out"
-    assert main(["export", f"run={run}", f"output={output}"]) == 0
-    assert (output / "transformers" / "vocab.txt").is_file()
-    theirs = transformers.AutoModel.from_pretrained(output / "transformers").eval()
-    ours = EventGPLinker.load_from_checkpoint(output / "model.ckpt", map_location="cpu").eval()
-    ids = torch.randint(5, 20, (2, 7), generator=torch.Generator().manual_seed(0))
+    sizes = {"vocab_size": 30, "dim": 16, "num_layers": 2, "num_heads": 2, "feedforward_dim": 32, "max_length": 8}
+    kinds = {"positions": "learned", "norm": "post", "num_segments": 2, "feedforward_dropout": 0.3}
+    torch.manual_seed(0)
+    model = pl.LightningModule()
+    model.encoder = encoder = Transformer(TransformerConfig(**sizes, **kinds, heads=()))  # type: ignore[arg-type]
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets" / "vocab.txt").write_text("[PAD]\n")
+    assert "encoder for the transformers library" in write_transformers(model, tmp_path)
+    assert (tmp_path / "transformers" / "vocab.txt").read_text() == "[PAD]\n"
+    theirs = transformers.AutoModel.from_pretrained(tmp_path / "transformers").eval()
+    ids = torch.randint(30, (2, 7))
     with torch.no_grad():
         found = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-        assert torch.allclose(found, ours.encoder(ids), atol=1e-5)
+        assert torch.allclose(found, encoder.eval()(ids), atol=1e-5)
 
 
 @pytest.mark.parametrize(

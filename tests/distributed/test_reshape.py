@@ -61,6 +61,11 @@ class Momentum(PlainModule):
 MODULES["momentum"] = Momentum
 
 
+def train_all(cells: dict[Any, Any]) -> dict[Any, Any]:
+    """`run_all` in a process that has read this file, with its module."""
+    return run_all(cells)
+
+
 def cell(base: str, recipe: str, **options: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     technique, recipe_options = RECIPES[recipe]
     return (base, technique), {**COMMON, **recipe_options, **options}
@@ -102,14 +107,14 @@ def check(found: dict[Any, Any], whole: dict[Any, Any]) -> None:
 def test_from_two_processes_to_one(tmp_path: Path) -> None:
     """The quick core: every base is read, a directory and a file are written to."""
     sources = [("ddp", "lookahead", 3), ("zero_2", "ema", 3), ("zero_3", "momentum", 4)]
-    whole = run_ranks(run_all, 2, saving(tmp_path, 2, sources))[0]
+    whole = run_ranks(train_all, 2, saving(tmp_path, 2, sources))[0]
     keys = [
         ("ddp", "single", "lookahead", 3),
         ("ddp", "zero_3", "lookahead", 3),
         ("zero_2", "single", "ema", 3),
         ("zero_3", "zero_2", "momentum", 4),
     ]
-    check(run_ranks(run_all, 1, going_on(tmp_path, 2, keys))[0], whole)
+    check(run_ranks(train_all, 1, going_on(tmp_path, 2, keys))[0], whole)
 
 
 ALL = [(base, recipe, at) for base in BASES for recipe in RECIPES for at in SAVED_AT]
@@ -122,14 +127,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> dict[Any, Any]:
-    return run_ranks(run_all, 2, saving(folder, 2, ALL), timeout=800)[0]
+    return run_ranks(train_all, 2, saving(folder, 2, ALL), timeout=800)[0]
 
 
 @pytest.mark.slow
 def test_two_to_three(folder: Path, two: dict[Any, Any]) -> None:
     keys = [(base, base, recipe, at) for base, recipe, at in ALL]
     keys += [("ddp", "zero_3", recipe, 3) for recipe in RECIPES] + [("zero_3", "ddp", recipe, 3) for recipe in RECIPES]
-    check(run_ranks(run_all, 3, going_on(folder, 2, keys), timeout=800)[0], two)
+    check(run_ranks(train_all, 3, going_on(folder, 2, keys), timeout=800)[0], two)
 
 
 @pytest.mark.slow
@@ -137,12 +142,12 @@ def test_two_to_one_and_one_to_two(folder: Path, two: dict[Any, Any]) -> None:
     keys = [(base, "single" if base == "ddp" else base, recipe, at) for base, recipe, at in ALL]
     keys += [(base, "single", recipe, 3) for base in BASES[1:] for recipe in RECIPES]
     sources = [("single" if base == "ddp" else base, recipe, at) for base, recipe, at in ALL]
-    runs = run_ranks(run_all, 1, going_on(folder, 2, keys) | saving(folder, 1, sources), timeout=800)[0]
+    runs = run_ranks(train_all, 1, going_on(folder, 2, keys) | saving(folder, 1, sources), timeout=800)[0]
     whole = {key: run for key, run in runs.items() if key[0] == "whole"}
     check({key: run for key, run in runs.items() if key[0] != "whole"}, two)
     keys = [(source, "ddp" if source == "single" else source, recipe, at) for source, recipe, at in sources]
     keys += [("single", base, recipe, 3) for base in BASES[1:] for recipe in RECIPES]
-    check(run_ranks(run_all, 2, going_on(folder, 1, keys), timeout=800)[0], whole)
+    check(run_ranks(train_all, 2, going_on(folder, 1, keys), timeout=800)[0], whole)
 
 
 @pytest.mark.slow
@@ -154,7 +159,7 @@ def test_across_bases_on_the_same_processes_bit_for_bit(folder: Path, two: dict[
         for recipe in ("lookahead", "momentum")
         if source != target
     ]
-    found = run_ranks(run_all, 2, going_on(folder, 2, keys), timeout=800)[0]
+    found = run_ranks(train_all, 2, going_on(folder, 2, keys), timeout=800)[0]
     check(found, two)
     for (_, source, target, recipe, at), run in found.items():
         assert differences(run, two["whole", 2, source, recipe, at]) == (0.0, 0.0), (source, target, recipe)
