@@ -49,7 +49,7 @@ class Elements:
 
     def whole(self) -> Tensor:
         """Return a copy of the tensor."""
-        result = torch.empty(self.shape, dtype=self.pieces[0].dtype)
+        result = torch.empty(self.shape, dtype=self.pieces[0].dtype if self.pieces else None)
         self.copy_into(result.view(-1))
         return result
 

@@ -298,6 +298,7 @@ def test_every_row_is_seen_once_over_three_numbers_of_processes(tmp_path: Path) 
     assert len(rows_of(one, 2, 0)) == COUNT - 24  # 20 rows count as 1 batch of 12; with the next, 4 batches of 6
 
 
+@pytest.mark.slow
 def test_a_shuffling_loader_of_one_process_goes_on_on_two(tmp_path: Path) -> None:
     path = str(tmp_path / "one.ckpt")
     leg = {"kind": "torch", "count": COUNT, "batch": 4}
