@@ -50,6 +50,7 @@ LONG = {
     "deepnorm_depth": ["deepnorm_depth", "--part", "updates"],
     "deepnorm_depth_training": ["deepnorm_depth", "--part", "training", "--plot", "docs/deepnorm_update.png"],
     "loss_weighting_digits": ["loss_weighting", "--part", "digits"],
+    "kill_test": ["kill_test"],
 }
 NEED_DATA = ("packing", "gplinker_duee", "multi_sample_dropout", "multi_sample_dropout_smoothed", "label_smoothing")
 REMARKS = {

@@ -35,7 +35,7 @@ class SavedRun:
         from pytorch_lightning import seed_everything
 
         from ..strategies import SingleDevice
-        from ..strategies.checkpoints import put_weights
+        from ..strategies.reshape import put_weights
         from . import session
 
         if self.config["seed"] is not None:

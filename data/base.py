@@ -227,9 +227,8 @@ class KexueDataModule(pl.LightningDataModule, ABC):
             log.warning("resuming in the middle of an epoch with %s: some of its rows come twice or not at all", what)
 
     def _order(self) -> dict[str, Any]:
-        """What decides which rows the batches of an epoch hold, besides the number of processes."""
-        rows = len(self._records["train"]) if "train" in self._records else None
-        return {"rows": rows, "batch_size": self.batch_size, "seed": self.seed}
+        """What decides which rows an epoch has; their order is in the checkpoint, see `LengthBucketSampler.plan`."""
+        return {"rows": len(self._records["train"]) if "train" in self._records else None}
 
     def _loader(self, split: Split) -> DataLoader:
         records, training = self.records(split), split == "train"

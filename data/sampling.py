@@ -1,6 +1,7 @@
 """Which rows form a batch, on which process, in which order: a pure function of (seed, epoch, processes, process)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -17,9 +18,12 @@ class LengthBucketSampler(DistributedSampler, SequentialSampler):
 
     Every row comes exactly once an epoch over all processes, nothing is dropped or repeated, and all processes take the
     same number of steps: the rows are cut into steps x processes batches that differ by at most one row. The processes
-    of one step get neighbours in length, so that none waits for another. By type it is a `DistributedSampler` and a
-    `SequentialSampler`: so Lightning calls `set_epoch` and leaves it in place on several processes (the first) and
-    under `overfit_batches` (the second), where it would put single rows for lists of them.
+    of one step get neighbours in length, so that none waits for another. A step holds the same rows on any number of
+    processes, if processes x batch_size is the same: so a run can go on elsewhere (docs/checkpoints.md).
+
+    By type it is a `DistributedSampler` and a `SequentialSampler`: so Lightning calls `set_epoch` and leaves it in
+    place on several processes (the first) and under `overfit_batches` (the second), where it would put single rows for
+    lists of them.
 
     Batches hold at most `batch_size` rows. The one exception is `batch_size=1` with a number of rows that the processes
     do not divide: then some hold two, since a row can neither be left out nor a process be left without one.
@@ -73,31 +77,65 @@ class LengthBucketSampler(DistributedSampler, SequentialSampler):
             raise InputError(
                 f"{rows} rows do not suffice for {processes} processes; use trainer.devices={max(rows, 1)} or less"
             )
-        return min(-(-rows // (processes * self.batch_size)), rows // processes)
+        return _num_steps(rows, processes, self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the batches of this process in the epoch set by `set_epoch`."""
-        rank, steps = self.rank, self._steps()
-        for step in steps:
+        rank = self.rank
+        for step in self._steps(self.plan()):
             yield step[rank].tolist()
 
-    def _steps(self) -> list[list[np.ndarray]]:
-        """All batches of the epoch, by step and process; the same on every process."""
-        num_steps, processes, rows = len(self), self.num_replicas, len(self.lengths)
-        small, num_larger = divmod(rows, num_steps * processes)
-        sizes = np.full(num_steps * processes, small)
-        sizes[:num_larger] += 1
-        borders = np.cumsum(sizes)
-        if not self.shuffle:
-            batches = np.split(np.argsort(-self.lengths, kind="stable"), borders[:-1])
-            return [batches[i : i + processes] for i in range(0, len(batches), processes)]
-        random = np.random.default_rng((self.seed, self.epoch))
-        order = random.permutation(rows)
-        pool_of_batch = np.arange(num_steps * processes) // (POOL_STEPS * processes)
-        order = order[np.lexsort((self.lengths[order], np.repeat(pool_of_batch, sizes)))]
-        batches = np.split(order, borders[:-1])
+    # What a run needs that goes on in the middle of an epoch with other processes or another batch size
+
+    def plan(self) -> dict[str, Any]:
+        """Return plain data from which any process can make the batches of this epoch again."""
+        return {
+            "processes": self.num_replicas,
+            "batch": self.batch_size,
+            "rows": len(self.lengths),
+            "steps": len(self),
+            "shuffle": self.shuffle,
+            "seed": self.seed,
+            "epoch": self.epoch,
+        }
+
+    def rest(self, plan: Mapping[str, Any], batches: int, rows: Sequence[int] | None = None) -> list[int]:
+        """Return the rows that are left when every process has done so many batches of a plan.
+
+        Args:
+            plan: of the epoch that was broken off.
+            batches: of each process.
+            rows: those that the plan was about; None: all.
+        """
+        return [int(row) for step in self._steps(plan, rows)[batches:] for batch in step for row in batch]
+
+    def entries(self, rows: Sequence[int], plan: Mapping[str, Any]) -> list[list[int]]:
+        """Return the batches of this process in an epoch of which only these rows are left."""
+        if len(rows) < self.num_replicas:  # a process cannot be left without a batch
+            rows = np.resize(np.asarray(rows), self.num_replicas).tolist()
+        return [step[self.rank].tolist() for step in self._steps(plan, rows)]
+
+    def _steps(self, plan: Mapping[str, Any], rows: Sequence[int] | None = None) -> list[list[np.ndarray]]:
+        """All batches of an epoch, by step and process; the same on every process.
+
+        Rows are cut into steps before those are cut into batches, and nothing is drawn for a process before the steps
+        are known: so the steps hold the same rows on any number of processes, if processes x batch size is the same.
+        """
+        chosen = np.arange(len(self.lengths)) if rows is None else np.asarray(rows, dtype=np.int64)
+        lengths, processes = self.lengths[chosen], plan["processes"]
+        num_steps = _num_steps(len(chosen), processes, plan["batch"])
+        if not plan["shuffle"]:
+            steps = np.array_split(np.argsort(-lengths, kind="stable"), num_steps)
+            return [np.array_split(chosen[step], processes) for step in steps]
+        random = np.random.default_rng((plan["seed"], plan["epoch"]))
+        order = random.permutation(len(chosen))
+        sizes = [len(part) for part in np.array_split(order, num_steps)]
+        pool = np.repeat(np.arange(num_steps) // POOL_STEPS, sizes)
+        steps = np.array_split(order[np.lexsort((lengths[order], pool))], num_steps)
+        steps = [steps[step] for step in random.permutation(num_steps)]
         deal = random.permuted(np.tile(np.arange(processes), (num_steps, 1)), axis=1)
-        return [[batches[step * processes + i] for i in deal[step]] for step in random.permutation(num_steps)]
+        batches = [np.array_split(chosen[step], processes) for step in steps]
+        return [[step[i] for i in own] for step, own in zip(batches, deal, strict=True)]
 
     def _world(self) -> tuple[int, int]:
         if self._given_world is not None:
@@ -105,3 +143,7 @@ class LengthBucketSampler(DistributedSampler, SequentialSampler):
         if dist.is_available() and dist.is_initialized():
             return dist.get_world_size(), dist.get_rank()
         return 1, 0
+
+
+def _num_steps(rows: int, processes: int, batch_size: int) -> int:
+    return min(-(-rows // (processes * batch_size)), rows // processes)

@@ -17,7 +17,7 @@ from .activation_checkpointing import (
 )
 from .adversarial import FGM, fgm_perturbation, find_embeddings, perturbed, recorded
 from .bases import DDP, SingleDevice, auto
-from .checkpoints import describe, is_complete, load_weights, newest
+from .checkpoints import describe, is_complete, newest
 from .ema import EMA, ema_decay, ema_update
 from .lookahead import Lookahead, LookaheadOptimizer, lookahead_sync
 from .loss_weighting import LossWeighting
@@ -26,6 +26,7 @@ from .r_drop import RDrop, symmetric_kl
 from .recompute_blocks import find_blocks
 from .recompute_budget import cheapest
 from .recompute_policies import Full, Offload, Selective
+from .reshape import load_weights
 from .technique import Technique
 from .zero import Zero
 

@@ -16,7 +16,16 @@ from pytorch_lightning.trainer.states import TrainerFn, TrainerStatus
 
 from ..errors import InputError
 from .checkpoints import KEY, AtomicCheckpointIO, check_parameters, shapes_of
-from .resume import Position, ResumableLoader, random_state, repeat_validation, rewind, set_random_state
+from .reshape import SavedOptimizer, check_optimizers, read_saved
+from .resume import (
+    Position,
+    ResumableLoader,
+    another_random_state,
+    random_state,
+    repeat_validation,
+    rewind,
+    set_random_state,
+)
 from .technique import Technique, check_techniques
 
 
@@ -36,6 +45,7 @@ class TechniqueMixin(Strategy):
         self.techniques = check_techniques(type(self).__name__, techniques)
         self._positions: list[Position] = []
         self._pending: list[dict[str, Any]] = []
+        self._inexact: list[str] = []
         self._states: dict[str, Any] = {}
         self._attached: pl.LightningModule | None = None
         self._exchanged = False
@@ -174,7 +184,12 @@ class TechniqueMixin(Strategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load the optimisers, and with them the second set of weights."""
-        super().load_optimizer_state_dict(checkpoint)
+        states = checkpoint["optimizer_states"]
+        if states and isinstance(states[0], SavedOptimizer):  # a directory that ZeRO wrote
+            check_optimizers(len(states), len(self.optimizers))
+            names = self._parameter_names()
+            states = [saved.state_dict(own, names) for saved, own in zip(states, self.optimizers, strict=True)]
+        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
         if KEY in checkpoint:
             self.restore_exchange(checkpoint[KEY]["description"])
 
@@ -215,9 +230,10 @@ class TechniqueMixin(Strategy):
         trainer = self._trainer
         if trainer is None or trainer.state.fn != TrainerFn.FITTING or not trainer.training:
             return dataloader
-        position = Position()
+        position = Position(self.world_size, self.global_rank)
         if self._pending:
-            position.pending = self._pending.pop(0)
+            inexact = position.go_on(dataloader, self._pending.pop(0))
+            self._inexact += [inexact] if inexact else []
         self._positions.append(position)
         return ResumableLoader(dataloader, position)
 
@@ -257,6 +273,41 @@ class TechniqueMixin(Strategy):
         # keep_vars: a parameter that ZeRO-3 has divided is empty and carries its full shape as an attribute.
         return shapes_of(self.lightning_module.state_dict(keep_vars=True))
 
+    def on_train_start(self) -> None:
+        """Set Lightning's count of batches to where the run goes on, and say once what does not go on exactly."""
+        super().on_train_start()
+        self._count_from_position()
+        cut_off = next((p.pending for p in self.positions if p.pending and p.pending.get("validating")), None)
+        if cut_off is not None:  # a validation, which starts again from the random numbers it had
+            set_random_state(cut_off["random"])
+        if self._inexact:
+            reasons, self._inexact = dict.fromkeys(self._inexact), []
+            rank_zero_warn(
+                "The run goes on elsewhere. Weights, optimiser, techniques, schedulers and counters are as saved; "
+                f"not exact: {'; '.join(reasons)}."
+            )
+
+    def _count_from_position(self) -> None:
+        trainer = self._trainer
+        assert trainer is not None
+        positions, combined = self.positions, trainer.fit_loop._combined_loader
+        if combined is None or all(position.resumed_at is None for position in positions):
+            return
+        # The loader that decides how long an epoch is.
+        lengths = [len(loader) if hasattr(loader, "__len__") else 0 for loader in combined.flattened]
+        longest = lengths.index(min(lengths) if combined._mode == "min_size" else max(lengths))
+        count = positions[longest].resumed_at or 0
+        if trainer.num_training_batches != float("inf"):
+            count = min(count, int(trainer.num_training_batches) - 1)
+        for position in positions:
+            position.offset += count - (position.resumed_at or 0)
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+        moved = count - progress.current.processed
+        for name in ("ready", "started", "processed", "completed"):
+            setattr(progress.current, name, getattr(progress.current, name) + moved)
+        if moved and count % trainer.accumulate_grad_batches:
+            self._inexact.append("the first window of accumulated batches is shorter")
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Remember where each window of accumulated batches starts."""
         super().on_train_batch_start(batch, batch_idx)
@@ -277,13 +328,6 @@ class TechniqueMixin(Strategy):
             yield
         finally:
             self._validation_open = False
-
-    def on_train_start(self) -> None:
-        """Let a validation that was cut off start from the random numbers it had."""
-        super().on_train_start()
-        pending = next((p.pending for p in self.positions if p.pending and p.pending.get("validating")), None)
-        if pending is not None:
-            set_random_state(pending["random"])
 
     def annotate(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Return the checkpoint with its description and the position of every process added.
@@ -322,6 +366,11 @@ class TechniqueMixin(Strategy):
             OSError: If the checkpoint could not be written; what was there before is untouched.
         """
         checkpoint = self.annotate(checkpoint)
+        names = self._parameter_names()
+        checkpoint[KEY]["optimizers"] = [
+            [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+            for optimizer in self.optimizers
+        ]
         failure: str | None = None
         with self.weights_to_save():
             if self.is_global_zero:
@@ -333,14 +382,22 @@ class TechniqueMixin(Strategy):
         if failure is not None:
             raise OSError(f"{filepath} could not be written ({failure}); the checkpoints written before are untouched.")
 
+    def _parameter_names(self) -> dict[int, str]:
+        assert self.lightning_module is not None
+        return {id(parameter): name for name, parameter in self.lightning_module.named_parameters()}
+
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a file, after checking that it belongs to this model and this number of processes.
+        """Load a checkpoint of any base and number of processes, after checking that it belongs to this model.
 
         Raises:
-            InputError: If it is missing, damaged, of another model, or of another number of processes in mid-epoch.
+            InputError: If it is missing, damaged, incomplete, or of another model.
         """
         path = Path(checkpoint_path)
-        checkpoint = super().load_checkpoint(path, weights_only=weights_only is not False)
+        if path.is_dir():
+            saved = read_saved(path)
+            checkpoint = {**saved.rest, "state_dict": saved.state_dict(), "optimizer_states": saved.optimizers}
+        else:
+            checkpoint = super().load_checkpoint(path, weights_only=weights_only is not False)
         check_parameters(path, shapes_of(checkpoint.get("state_dict", {})), self.parameter_shapes())
         own = checkpoint.get(KEY)
         if own is not None and self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
@@ -349,26 +406,28 @@ class TechniqueMixin(Strategy):
 
     def restore_run(self, path: Path, own: dict[str, Any]) -> None:
         """Go on from what the strategy has put into a checkpoint: the position, and the state of every technique."""
-        self.restore_position(path, own["description"], own["position"])
+        self.restore_position(path, own["position"])
         self._states = dict(own.get("techniques", {}))
         self._restore_techniques()
 
-    def restore_position(
-        self, path: Path, description: dict[str, Any], positions: Sequence[list[dict[str, Any]]]
-    ) -> None:
-        """Continue where each process was."""
-        saved, now = description["world_size"], self.world_size
-        if saved == now:
+    def restore_position(self, path: Path, positions: Sequence[list[dict[str, Any]]]) -> None:
+        """Continue where each process was, or, on other processes, where all of them were together."""
+        if len(positions) == self.world_size:
             self._pending = list(positions[self.global_rank])
             return
-        if positions[0][0]["batches"]:
-            raise InputError(
-                f"{path} was saved by {saved} processes in the middle of an epoch, now {now}: "
-                f"resume with trainer.devices={saved}, or from a checkpoint of the end of an epoch."
-            )
-        rank_zero_warn(
-            f"{path} was saved by {saved} processes, now {now}: weights, optimiser and counters continue, "
-            "random numbers and the order of the data are new."
+        rank, first = self.global_rank, positions[0]
+        own = positions[rank] if rank < len(positions) else first
+        states = [state["random"] for state in own]
+        if rank >= len(positions):
+            states = [another_random_state(state, rank) for state in states]
+        # How the rows were divided, and how far that went, is the same in every process' words; a batch that one had
+        # fetched ahead is no longer the one that comes next.
+        self._pending = [
+            {**state, "random": random, "before_fetch": None} for state, random in zip(first, states, strict=True)
+        ]
+        self._inexact.append(
+            f"{path.name} was saved by {len(positions)} processes, now {self.world_size}, so random numbers (dropout, "
+            "augmentation) are others"
         )
 
 

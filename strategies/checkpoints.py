@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import io
 import json
 import os
 import pickle
@@ -19,7 +18,6 @@ from typing import Any
 
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from torch import Tensor, nn
 
 from ..errors import InputError
 
@@ -109,7 +107,7 @@ def read_file(path: Path, map_location: Any = "cpu", weights_only: bool = True, 
         InputError: If it is missing, a directory, cut off, no checkpoint, or holds more than tensors and plain data.
     """
     if path.is_dir():
-        raise InputError(f"{path} is a directory, written by ZeRO: resume it with strategy=zero_{_stage(path)}.")
+        raise InputError(f"{path} is a directory, not a checkpoint file; read it with kexue.strategies.load_weights.")
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; give a file of checkpoints/, or resume=auto for the newest.")
     try:
@@ -124,12 +122,6 @@ def read_file(path: Path, map_location: Any = "cpu", weights_only: bool = True, 
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise InputError(f"{path} is not a checkpoint or is damaged; resume from another one.") from error
-
-
-def _stage(path: Path) -> int:
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        return int(json.loads((path / MANIFEST).read_text())["stage"])
-    return 2
 
 
 def is_complete(path: Path) -> bool:
@@ -161,32 +153,6 @@ def describe(path: Path) -> dict[str, Any]:
             )
         return json.loads(manifest.read_text(encoding="utf-8"))
     return read_file(path, mmap=True).get(KEY, {}).get("description", {})
-
-
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """Return the module's `state_dict` in full from a checkpoint of any strategy, in float32 where ZeRO kept that.
-
-    Raises:
-        InputError: If the checkpoint is missing, damaged, incomplete, or holds no weights.
-    """
-    if not path.is_dir():
-        checkpoint = read_file(path)
-        if "state_dict" not in checkpoint:
-            raise InputError(f"{path} holds no state_dict: it is not a checkpoint of a LightningModule.")
-        return checkpoint["state_dict"]
-    description = describe(path)
-    if description.get("stage") != 3:
-        # Below stage 3 the first process holds the module in full, buffers included.
-        with tensors_only():
-            parts = torch.load(path / PART / "mp_rank_00_model_states.pt", map_location="cpu")
-        return {name.removeprefix("module."): tensor for name, tensor in parts["module"].items()}
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    silence = io.StringIO()  # the function prints its progress
-    with tensors_only(), contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=PART)
-    assert weights is not None
-    return {name.removeprefix("module."): tensor.detach() for name, tensor in weights.items()}
 
 
 @contextlib.contextmanager
@@ -231,17 +197,6 @@ def synced_checkpoint_engine() -> Any:
                 return torch.load(path, map_location=map_location)
 
     return SyncedCheckpointEngine()
-
-
-def put_weights(module: nn.Module, path: Path) -> None:
-    """Load the weights of any complete checkpoint, of whatever strategy, into a module, strictly.
-
-    Raises:
-        InputError: As `load_weights`, and if it is a checkpoint of another model.
-    """
-    weights = load_weights(path)
-    check_parameters(path, shapes_of(weights), shapes_of(module.state_dict()))
-    module.load_state_dict(weights)
 
 
 def shapes_of(state: Mapping[str, Any]) -> dict[str, list[int]]:

@@ -68,6 +68,8 @@ class EMA(Technique):
         InputError: If the decay is out of range, or, when training starts, if the weights are in half precision.
     """
 
+    copies = (AVERAGE,)
+
     def __init__(self, decay: float = 0.999, warmup: bool = True) -> None:
         if not 0.0 <= decay < 1.0:
             raise InputError(f"EMA(decay={decay}): use a number from 0 to below 1.")

@@ -231,6 +231,8 @@ class Lookahead(Technique):
         ValueError: If an argument is out of range.
     """
 
+    copies = (SLOW,)
+
     def __init__(
         self,
         k: int = 5,

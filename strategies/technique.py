@@ -30,6 +30,10 @@ class Technique:
     and anything else in `state_dict` of its own, which the strategy saves beside the module's.
     """
 
+    copies: tuple[str, ...] = ()
+    """Keys of the optimiser's state under which it keeps copies of the weights: where ZeRO joins a parameter that has
+    none yet to others that do, its own weights stand for it."""
+
     def attach(self, module: pl.LightningModule) -> None:
         """Change the module in place."""
 

@@ -32,10 +32,8 @@ from .checkpoints import (
     PART,
     check_parameters,
     describe,
-    load_weights,
     partial_path,
     publish,
-    put_weights,
     remove,
     shapes_of,
     sync_file,
@@ -43,6 +41,7 @@ from .checkpoints import (
     tensors_only,
 )
 from .gloo import suit_deepspeed, without_shared_memory
+from .reshape import Elements, Fragment, Saved, check_optimizers, load_weights, put_weights, read_saved, shares
 from .technique import Technique
 
 
@@ -326,10 +325,10 @@ class Zero(TechniqueMixin, DeepSpeedStrategy):
         publish(partial, path)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Continue from a directory; for evaluation, take the weights of any checkpoint.
+        """Continue from a checkpoint of any base, stage and number of processes; for evaluation, take its weights.
 
         Raises:
-            InputError: If it is not a directory, incomplete, of another model, stage or number of processes.
+            InputError: If it is missing, damaged, incomplete, of another model, or holds weights only.
         """
         path = Path(self.broadcast(str(checkpoint_path)))
         trainer = self._trainer
@@ -338,37 +337,100 @@ class Zero(TechniqueMixin, DeepSpeedStrategy):
         if trainer.state.fn != TrainerFn.FITTING:
             self.load_weights(path)
             return {"state_dict": {}, "pytorch-lightning_version": version("pytorch-lightning")}
-        if path.is_file():
-            raise InputError(
-                f"{path} is a file, written by a single process or DDP: "
-                "resume it with strategy=single or strategy=ddp, or use kexue.strategies.load_weights."
-            )
-        if not path.exists():
-            raise InputError(f"{path}: no such checkpoint; give a folder of checkpoints/, or resume=auto.")
         description = describe(path)
-        check_parameters(path, description["parameters"], self.parameter_shapes())
-        saved, now = description["world_size"], self.world_size
-        if saved != now:
-            raise InputError(
-                f"{path} was saved by {saved} processes, now {now}: ZeRO's parts belong to their processes, "
-                f"resume with trainer.devices={saved}."
-            )
-        if description["stage"] != self.stage:
-            raise InputError(
-                f"{path} was saved at stage {description['stage']}, now {self.stage}: "
-                f"resume with strategy=zero_{description['stage']}."
-            )
-        with tensors_only():
-            _, client_state = self.deepspeed_engine.load_checkpoint(
-                str(path),
-                tag=PART,
-                load_lr_scheduler_states=False,
-                load_module_strict=self.lightning_module.strict_loading,
-            )
-        assert client_state is not None
-        self.restore_run(path, client_state[KEY])
+        if path.is_dir() and (description["world_size"], description["stage"]) == (self.world_size, self.stage):
+            check_parameters(path, description["parameters"], self.parameter_shapes())
+            with tensors_only():
+                _, checkpoint = self.deepspeed_engine.load_checkpoint(
+                    str(path),
+                    tag=PART,
+                    load_lr_scheduler_states=False,
+                    load_module_strict=self.lightning_module.strict_loading,
+                )
+            assert checkpoint is not None
+        else:
+            saved = read_saved(path, weights_only=weights_only is not False)
+            check_parameters(path, shapes_of(saved.weights), self.parameter_shapes())
+            if not description or "lr_schedulers" not in saved.rest:
+                raise InputError(
+                    f"{path} does not say what ZeRO has to know of its optimiser: it was not saved by kexue, or holds "
+                    "weights only. Begin anew from its weights, or resume with strategy=ddp or strategy=single."
+                )
+            self._divide(saved, description)
+            checkpoint = saved.rest
+        self.restore_run(path, checkpoint[KEY])
         self.restore_exchange(description)
-        return client_state
+        return checkpoint
+
+    def _divide(self, saved: Saved, description: Mapping[str, Any]) -> None:
+        """Put this process' share of the weights and of the optimiser's state into the engine."""
+        check_optimizers(len(saved.optimizers), 1)
+        module, engine = self.lightning_module, self.deepspeed_engine
+        assert module is not None
+        optimizer: Any = engine.optimizer
+        parameters = dict(module.named_parameters())
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        if self.stage == 3:
+            groups = [[] for _ in optimizer.optimizer.param_groups]
+            for index, part in enumerate(optimizer.fp16_groups):
+                groups[optimizer.sub_group_to_group_id[index]] += part
+        else:
+            groups = optimizer.bit16_groups
+        frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
+        saved.optimizers[0].check_groups([[names[id(p)] for p in group] for group in groups], frozen)
+        flats = self._flats(names)
+        with torch.no_grad():
+            for flat, fragments in flats:
+                flat.zero_()  # padding too
+                for fragment in fragments:
+                    place = flat[fragment.offset : fragment.offset + fragment.count]
+                    saved.weights[fragment.name].copy_into(place, fragment.start)
+            self._load_others(saved, {id(p) for group in groups for p in group})
+        if self.stage == 3:
+            optimizer._set_fp32_optimizer_param_groups()
+        copies = [key for technique in self.techniques for key in technique.copies]
+        state = saved.optimizers[0].flat_state_dict(optimizer.optimizer, flats, saved.weights, copies)
+        optimizer.optimizer.load_state_dict(state)
+        if self.stage == 3:
+            optimizer._clear_fp32_optimizer_param_groups()
+        self.carry_weights_over()
+        engine.global_steps = description["step"]
+        if engine.fp16_enabled():
+            vars(optimizer).update(saved.loss_scaler)
+
+    def _flats(self, names: Mapping[int, str]) -> list[tuple[torch.Tensor, list[Fragment]]]:
+        """Return the float32 tensors that this process steps, in the order of the optimiser's groups, with what lies
+        in them."""
+        optimizer: Any = self.deepspeed_engine.optimizer
+        if self.stage == 3:
+            sizes = [{names[id(p)]: p.ds_numel for p in part} for part in optimizer.fp16_groups]
+            fragments = [shares(its_sizes, self.global_rank, self.world_size) for its_sizes in sizes]
+            return list(zip(optimizer.fp32_partitioned_groups_flat, fragments, strict=True))
+        fragments = [
+            [
+                Fragment(names[id(p)], place.lp_fragment_address.start, address.numel, address.start)
+                for p in group
+                if (place := p._hp_mapping) is not None and (address := place.hp_fragment_address)
+            ]
+            for group in optimizer.bit16_groups
+        ]
+        return list(zip(optimizer.single_partition_of_fp32_groups, fragments, strict=True))
+
+    def _load_others(self, saved: Saved, optimized: set[int]) -> None:
+        """Load what the optimiser does not step: frozen parameters and buffers."""
+        assert self.lightning_module is not None
+        for name, tensor in self.lightning_module.state_dict(keep_vars=True).items():
+            value = saved.weights[name]
+            if id(tensor) in optimized or not isinstance(value, Elements):
+                continue
+            if not hasattr(tensor, "ds_shape"):
+                tensor.copy_(value.whole())
+                continue
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
+                if self.is_global_zero:
+                    tensor.copy_(value.whole())
 
     def load_weights(self, path: Path) -> None:
         """Load the weights of any complete checkpoint into the module, also where its parameters are divided."""

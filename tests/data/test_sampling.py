@@ -56,6 +56,37 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     assert epoch_of(100, 8, 2, epoch=2, shuffle=False) == still
 
 
+def test_steps_hold_the_same_rows_on_any_number_of_processes() -> None:
+    for rows, shuffle in product([100, 257, 1001], [True, False]):
+        expected = [sorted(step[0]) for step in zip(*epoch_of(rows, 24, 1, epoch=2, shuffle=shuffle), strict=True)]
+        for world in (2, 3, 4):
+            epochs = epoch_of(rows, 24 // world, world, epoch=2, shuffle=shuffle)
+            assert [sorted(chain(*step)) for step in zip(*epochs, strict=True)] == expected
+
+
+def test_the_rest_of_an_epoch_is_dealt_to_other_processes() -> None:
+    for (before, after), rows, done in product([(1, 2), (2, 1), (2, 3), (5, 2)], [31, 257], [0, 1, 3]):
+        lengths = lengths_of(rows)
+        olds = [LengthBucketSampler(lengths, 2, num_replicas=before, rank=rank) for rank in range(before)]
+        seen = [row for sampler in olds for batch in list(sampler)[:done] for row in batch]
+        news = [LengthBucketSampler(lengths, 3, num_replicas=after, rank=rank) for rank in range(after)]
+        rest = news[0].rest(olds[0].plan(), done)
+        dealt = [sampler.entries(rest, sampler.plan()) for sampler in news]
+        assert len({len(batches) for batches in dealt}) == 1
+        assert sorted(seen + [row for batches in dealt for batch in batches for row in batch]) == list(range(rows))
+        # Once more, from the middle of the rest.
+        seen += [row for batches in dealt for batch in batches[:1] for row in batch]
+        last = LengthBucketSampler(lengths, 4, num_replicas=1, rank=0).rest(news[0].plan(), 1, rest)
+        assert sorted(seen + last) == list(range(rows))
+
+
+def test_a_rest_smaller_than_the_processes_leaves_none_without_a_batch() -> None:
+    samplers = [LengthBucketSampler(lengths_of(9), 2, num_replicas=3, rank=rank) for rank in range(3)]
+    dealt = [sampler.entries([4, 7], sampler.plan()) for sampler in samplers]
+    assert [len(batches) for batches in dealt] == [1, 1, 1]
+    assert {row for batches in dealt for batch in batches for row in batch} == {4, 7}
+
+
 def test_batches_and_steps_hold_similar_lengths() -> None:
     lengths = lengths_of(4000)
     epochs = epoch_of(4000, 16, 4)
