@@ -44,7 +44,7 @@ class Parity(pl.LightningModule):
         self.records = records
 
     def training_step(self, batch, batch_idx):
-        return self.layer.weight.sum() * 0 + batch["loss"].max()
+        return (self.layer.weight.sum() + self.layer.bias.sum()) * 0 + batch["loss"].max()
 
     def validation_step(self, batch, batch_idx):
         pass
