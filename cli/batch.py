@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,15 +51,54 @@ fi"""
 
 
 @dataclass(frozen=True)
+class Array:
+    """The runs of an array job.
+
+    Attributes:
+        numbers: one for each run, `$SLURM_ARRAY_TASK_ID` in the script.
+        word: in shell, what the words of a run end with.
+        setup: lines of shell before it.
+        places: the run directory of each number; None names them by the job's id.
+        parallel: how many run at a time; None: as many as the cluster admits.
+    """
+
+    numbers: Sequence[int]
+    word: str
+    setup: Sequence[str] = ()
+    places: Mapping[int, Path] | None = None
+    parallel: int | None = None
+
+    @classmethod
+    def of_places(cls, places: Mapping[int, Path], word: str, parallel: int | None) -> Array:
+        """A run in each of these directories."""
+        listed = " ".join(f"[{number}]={shlex.quote(str(place))}" for number, place in places.items())
+        return cls(list(places), word, [f"places=({listed})"], places, parallel)
+
+    @classmethod
+    def of_seeds(cls, seeds: Sequence[int]) -> Array:
+        """A run for each seed."""
+        setup = [f"seeds=({' '.join(map(str, seeds))})"]
+        return cls(range(len(seeds)), '"seed=${seeds[$SLURM_ARRAY_TASK_ID]}"', setup)
+
+    def __str__(self) -> str:
+        numbers = ",".join(map(str, self.numbers))
+        if list(self.numbers) == list(range(self.numbers[0], self.numbers[-1] + 1)):
+            numbers = f"{self.numbers[0]}-{self.numbers[-1]}"
+        return f"{numbers}%{self.parallel}" if self.parallel else numbers
+
+
+@dataclass(frozen=True)
 class Task:
     """What each task of a job runs, and where.
 
     Attributes:
-        words: of `kexue fit`, complete but for `run_dir` and the seed of an array.
+        words: of the command, complete but for `run_dir` and what differs in an array.
         cpus: of each task.
         folder: for scripts and logs, absolute; run directories are its siblings, named by the job's id.
         run_dir: the run directory, if another one was chosen.
         start: the checkpoint of another run to start from.
+        array: the runs of an array job; None for one run.
+        command: fit, or another command that knows its run directory by itself.
     """
 
     words: list[str]
@@ -66,6 +106,8 @@ class Task:
     folder: Path
     run_dir: Path | None = None
     start: Path | None = None
+    array: Array | None = None
+    command: str = "fit"
 
     def link(self, job: str) -> Path:
         """Where a job's run is found by its id."""
@@ -73,6 +115,8 @@ class Task:
 
     def place(self, job: str) -> Path:
         """The run directory of a job."""
+        if self.array and self.array.places:
+            return self.array.places[int(job.rpartition("_")[2])]
         return self.run_dir or self.link(job)
 
 
@@ -87,7 +131,7 @@ def slurm_script(cluster: Cluster, task: Task, name: str) -> str:
     executor = make_executor(task.folder)
     executor.update_parameters(**_parameters(cluster, task, name))
     srun = ["srun", "--kill-on-bad-exit=1", f"--cpus-per-task={task.cpus}", *cluster.srun]
-    job = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if cluster.seeds else "$SLURM_JOB_ID"
+    job = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if task.array else "$SLURM_JOB_ID"
     command = _body(cluster, task, job, shlex.join(srun))
     ending = [_REQUEUE, f'echo "$code" > "$run_dir/{EXIT_CODE_FILE}"', 'exit "$code"']
     return executor._make_submission_file_text("\n".join([*command, *ending]), "")
@@ -124,11 +168,11 @@ def _parameters(cluster: Cluster, task: Task, name: str) -> dict[str, Any]:
     more: dict[str, Any] = {
         "signal": f"USR1@{cluster.signal_seconds}",
         "requeue": True,
-        "output": str(task.folder / ("%A_%a.log" if cluster.seeds else "%j.log")),
+        "output": str(task.folder / ("%A_%a.log" if task.array else "%j.log")),
         **{key.replace("_", "-"): value for key, value in (cluster.sbatch or {}).items() if value not in (None, False)},
     }
-    if cluster.seeds:
-        more["array"] = f"0-{len(cluster.seeds) - 1}"
+    if task.array:
+        more["array"] = str(task.array)
     minutes, memory = cluster.minutes(), cluster.memory()
     if memory is not None:
         more["mem"] = f"{memory}M"
@@ -163,17 +207,20 @@ def _setup(cluster: Cluster) -> list[str]:
 
 def _body(cluster: Cluster, task: Task, job: str, launch: str) -> list[str]:
     run_dir = shlex.quote(str(task.run_dir)) if task.run_dir else f'{shlex.quote(str(task.folder.parent))}/"$job"'
-    more = ["\"run_dir='$run_dir'\""]
-    if cluster.seeds:
-        more.append('"seed=${seeds[$SLURM_ARRAY_TASK_ID]}"')
+    if task.array and task.array.places:
+        run_dir = '"${places[$SLURM_ARRAY_TASK_ID]}"'
+    more = ["\"run_dir='$run_dir'\""] if task.command == "fit" else []
+    if task.array:
+        more.append(task.array.word)
     if task.start is not None:
         more.append('"${resume[@]}"')
-    fit = " ".join(filter(None, [launch, cluster.container, _command(cluster), *map(shlex.quote, task.words), *more]))
+    words = [*map(shlex.quote, task.words), *more]
+    fit = " ".join(filter(None, [launch, cluster.container, _command(cluster, task.command), *words]))
     return [
         f'job="{job}"',
+        *(task.array.setup if task.array else ()),
         f"run_dir={run_dir}",
         f'mkdir -p "$run_dir" && rm -f "$run_dir/{EXIT_CODE_FILE}"',
-        *([f"seeds=({' '.join(map(str, cluster.seeds))})"] if cluster.seeds else []),
         *(_start_from(task.start) if task.start else []),
         *([f'export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-{task.cpus}}}"'] if cluster.device == "cpu" else []),
         _LISTEN,
@@ -188,6 +235,6 @@ def _start_from(checkpoint: Path) -> list[str]:
     return ["resume=()", f'[ -e "$run_dir/checkpoints/last.ckpt" ] || resume=({word})']
 
 
-def _command(cluster: Cluster) -> str:
+def _command(cluster: Cluster, command: str) -> str:
     own = "kexue" if cluster.container else f"{shlex.quote(sys.executable)} -m kexue.cli"
-    return f"{cluster.command or own} fit"
+    return f"{cluster.command or own} {command}"

@@ -19,7 +19,7 @@ from .errors import explain, suggest
 from .ranks import is_main_process, leave_message, rank
 
 COMMANDS = (
-    *("fit", "test", "predict", "export", "submit", "status", "logs", "cancel", "dashboard"),
+    *("fit", "test", "predict", "export", "submit", "sweep", "status", "logs", "cancel", "dashboard"),
     *("list", "plan", "study"),
 )
 DONE, BUG, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130

@@ -17,14 +17,19 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from .batch import LOCAL_ID, Task
+from .batch import LOCAL_ID, Array, Task
 from .cluster import Cluster
 from .errors import one_line
 from .jobs import Job
 from .run_dir import JOBS
+
+if TYPE_CHECKING:
+    from .points import Sweep
 
 _CHOSEN_HERE = ("cluster", "run_dir", "resume", "trainer.accelerator", "trainer.devices", "trainer.num_nodes")
 
@@ -55,6 +60,7 @@ def run(args: list[str]) -> int:
         folder=(ROOT / config["name"] / JOBS).resolve(),
         run_dir=run_dir,
         start=starting_point(run_dir, config["resume"]),
+        array=Array.of_seeds(cluster.seeds) if cluster.seeds else None,
     )
     if cluster.scheduler == "local":
         script = local_script(cluster, task)
@@ -71,6 +77,47 @@ def run(args: list[str]) -> int:
 def _words_of_fit(words: list[str]) -> list[str]:
     keys = {word: word.partition("=")[0].lstrip("+~").partition("@")[0] for word in words}
     return [word for word, key in keys.items() if key not in _CHOSEN_HERE and not key.startswith("cluster.")]
+
+
+def submit_points(sweep: Sweep, numbers: list[int], words: list[str], parallel: int | None, dry_run: bool) -> None:
+    """Queue points of a sweep as one array job.
+
+    Args:
+        sweep: the sweep.
+        numbers: of the points to run.
+        words: `cluster=slurm` and `cluster.KEY=VALUE`.
+        parallel: how many run at a time.
+        dry_run: print the batch script, queue nothing.
+
+    Raises:
+        InputError: as `run`.
+    """
+    from .batch import slurm_script
+    from .cluster import trainer_words
+    from .config import compose_run, plain, validate
+    from .run_dir import ROOT
+
+    config = plain(compose_run([*sweep.words, *sweep.points[numbers[0]], *words]), "runs")
+    validate(config)
+    cluster = Cluster(**config["cluster"])
+    cluster.check()
+    if cluster.seeds:
+        raise InputError(f"cluster.seeds={cluster.seeds}: in a sweep, seeds vary like anything else: seed=1,2,3")
+    task = Task(
+        words=[f"run={sweep.folder}", *trainer_words(cluster, config, sweep.words)],
+        cpus=cluster.cpus(config),
+        folder=(ROOT / sweep.name / JOBS).resolve(),
+        array=Array.of_places(
+            {number: sweep.place(number) for number in numbers}, '"point=$SLURM_ARRAY_TASK_ID"', parallel
+        ),
+        command="sweep",
+    )
+    script = slurm_script(cluster, task, f"{sweep.name}-sweep")
+    if dry_run:
+        print(script, end="")
+        return
+    task.folder.mkdir(parents=True, exist_ok=True)
+    _queue(script, cluster, task)
 
 
 def _queue(script: str, cluster: Cluster, task: Task) -> None:
@@ -96,11 +143,12 @@ def _queue(script: str, cluster: Cluster, task: Task) -> None:
     finally:
         if file.name.startswith("."):
             file.unlink()
-    ids = [f"{job}_{index}" for index in range(len(cluster.seeds))] if cluster.seeds else [job]
+    ids = [f"{job}_{number}" for number in task.array.numbers] if task.array else [job]
     for name in ids:
         _record(Job("slurm", name, str(task.place(name)), str(task.folder / f"{name}.log")), task)
     size = f"{cluster.nodes} x {cluster.tasks} tasks" if cluster.nodes > 1 else f"{cluster.tasks} task(s)"
-    _announce(job, f"{size} on {'CPUs' if cluster.device == 'cpu' else 'GPUs'}", task, ids)
+    size = f"{size} on {'CPUs' if cluster.device == 'cpu' else 'GPUs'}"
+    _announce(job, f"{len(ids)} runs of {size}" if task.array else size, task, ids)
 
 
 def _start_here(script: str, cluster: Cluster, task: Task) -> None:
@@ -125,17 +173,23 @@ def _start_here(script: str, cluster: Cluster, task: Task) -> None:
 
 def _record(job: Job, task: Task) -> None:
     job.write()
-    if task.run_dir is not None:  # found by its id all the same
-        task.link(job.id).symlink_to(task.run_dir)
+    if task.place(job.id) != task.link(job.id):  # found by its id all the same
+        task.link(job.id).symlink_to(task.place(job.id))
 
 
 def _announce(job: str, size: str, task: Task, ids: list[str]) -> None:
     lines = {
         "job": f"{job}, {size}",
-        "run directory": ", ".join(str(task.place(name)) for name in ids),
-        "log": ", ".join(str(task.folder / f"{name}.log") for name in ids),
+        "run directory": _list(str(task.place(name)) for name in ids),
+        "log": _list(str(task.folder / f"{name}.log") for name in ids),
         "follow": f"kexue logs {ids[0]} -f",
         "more": f"kexue status {job}, kexue cancel {job}",
     }
     for key, value in lines.items():
         print(f"{key:<14} {value}")
+
+
+def _list(texts: Iterable[str]) -> str:
+    """The first few of many."""
+    texts = list(texts)
+    return ", ".join(texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")
