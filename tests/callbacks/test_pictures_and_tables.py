@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.demos.boring_classes import BoringModel
 from ranks import run_ranks
 from torch.utils.data import DataLoader
 
@@ -116,7 +117,7 @@ def test_pictures_of_a_module_reach_the_folder_and_tensorboard(tmp_path: Path) -
     events = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").glob("events*"))
     assert b"val/samples" in events
     with pytest.raises(InputError, match=r"has no pictures\(\)"):
-        trainer_of(tmp_path, Pictures(), logger=False).fit(pl.LightningModule(), loader([1.0]))
+        trainer_of(tmp_path, Pictures(), logger=False).fit(BoringModel())
 
 
 def test_classes_with_their_images_errors_first(tmp_path: Path) -> None:
