@@ -12,7 +12,6 @@ from ..errors import InputError
 _LIMIT = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?:in)?)?", re.IGNORECASE)
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([MGT])(i?)B", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 _OF_KEXUE = ("array", "nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "mem", "time", "output", "error", "signal")
 
 _DECIDED_BY = {
@@ -87,11 +86,6 @@ class Cluster:
         for name in self.environment or {}:
             if not _NAME.fullmatch(name):
                 raise InputError(f"cluster.environment: {name} is not a name of a variable")
-            if _SECRET.search(name):
-                raise InputError(
-                    f"cluster.environment.{name}: a secret would be written to the batch script; "
-                    "export it before kexue submit, jobs inherit the environment"
-                )
         for name in self.sbatch or {}:
             if name.replace("_", "-") in _OF_KEXUE:
                 raise InputError(f"cluster.sbatch.{name}: kexue sets this itself; see the keys of cluster")

@@ -91,7 +91,7 @@ def test_an_array_of_seeds_in_a_container(capsys: pytest.CaptureFixture[str]) ->
         ("cluster=slurm cluster.memory_per_task=lots", "cluster.memory_per_task=lots: not a size"),
         ("cluster=slurm cluster.seeds=[1,1]", "give different seeds"),
         ("cluster=slurm cluster.seeds=[1,2] run_dir=here", "each seed has a run directory of its own"),
-        ("cluster=slurm cluster.environment={WANDB_API_KEY:x}", "a secret would be written to the batch script"),
+        ("cluster=slurm cluster.environment={WANDB_API_KEY:x}", "a secret would be written to config.yaml"),
         ("cluster=slurm cluster.sbatch={nodes:3}", "cluster.sbatch.nodes: kexue sets this itself"),
         ("cluster=slurm resume=gone.ckpt", "resume=gone.ckpt: no complete checkpoint there"),
         ("cluster=slurm trainer.max_epoch=3", "trainer.max_epoch: no such key; did you mean trainer.max_epochs?"),
