@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytorch_lightning as pl
 
-log = logging.getLogger("kexue.alerts")
-
-
 def alert(trainer: pl.Trainer, title: str, text: str) -> None:
-    """Send a message through every logger that has a way to (W&B: mail or Slack), and write it to the log."""
+    """Send a message through every logger that has a way to (W&B: mail or Slack)."""
     if trainer.is_global_zero:
-        log.warning("%s: %s", title, text)
         for logger in trainer.loggers:
             send = getattr(logger, "alert", None)
             if callable(send):
