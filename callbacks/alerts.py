@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytorch_lightning as pl
 
+
 def alert(trainer: pl.Trainer, title: str, text: str) -> None:
     """Send a message through every logger that has a way to (W&B: mail or Slack)."""
     if trainer.is_global_zero:
