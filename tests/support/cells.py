@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from kexue.nn.transformer import EncoderDecoder, Transformer, TransformerConfig
-from kexue.strategies import DDP, ActivationCheckpointing, Lookahead, SingleDevice, Zero
+from kexue.strategies import DDP, EMA, ActivationCheckpointing, Lookahead, SingleDevice, Zero
 
 TECHNIQUES = {
     "none": lambda blocks: [],
     "activation_checkpointing": lambda blocks: [ActivationCheckpointing(blocks=blocks)],
+    "lookahead": lambda blocks: [Lookahead(k=2, alpha=0.5)],
+    "ema": lambda blocks: [EMA(decay=0.6)],
     "both": lambda blocks: [ActivationCheckpointing(blocks=blocks), Lookahead(k=2, alpha=0.5)],
 }
 BASES = ("ddp", "zero_1", "zero_2", "zero_3")
