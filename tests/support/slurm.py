@@ -114,8 +114,8 @@ class Cluster:
         return next(word.partition("=")[2] for word in text.split() if word.startswith(f"{name}="))
 
     def start_now(self, job: str) -> None:
-        """Start a requeued job at once, SLURM holds it back for two minutes: time in which its last steps leave the nodes,
-        on which it cannot be launched before."""
+        """Start a requeued job at once. SLURM holds it back for two minutes, in which its last steps leave the nodes:
+        before that it cannot be launched there."""
         wait_for(self.idle, "nodes that the job has left")
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
