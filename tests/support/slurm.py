@@ -114,9 +114,9 @@ class Cluster:
         return next(word.partition("=")[2] for word in text.split() if word.startswith(f"{name}="))
 
     def start_now(self, job: str) -> None:
-        """Start a requeued job at once. SLURM holds it back for two minutes, in which its last steps leave the nodes:
-        before that it cannot be launched there."""
+        """Start a requeued job soon; SLURM itself holds it back for two minutes."""
         wait_for(self.idle, "nodes that the job has left")
+        time.sleep(2)  # credentials of before and after are told apart by the second: 'Job credential revoked'
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def idle(self) -> bool:
