@@ -32,7 +32,19 @@ from common import in_turn, median_and_spread, report
 from rich.console import Console
 from torch import Tensor
 
-from kexue.callbacks import Checkpoints, CSVMetrics, MemoryPeak, ProgressBar, Throughput, wandb_logger
+from kexue.callbacks import (
+    Alerts,
+    Checkpoints,
+    CSVMetrics,
+    MemoryPeak,
+    PredictionTable,
+    Preemption,
+    ProgressBar,
+    StopOnNonFinite,
+    StopWhenStalled,
+    Throughput,
+    wandb_logger,
+)
 from kexue.lightning_modules.imaging import DigitsMultitaskModule
 
 Batch = dict[str, Tensor]
@@ -210,10 +222,15 @@ def kexue_default(folder: Path, console: Console) -> dict[str, Any]:
     """What `kexue fit` uses: see conf/callbacks/default.yaml and conf/logger/default.yaml."""
     callbacks = [
         Checkpoints(folder / "checkpoints"),
+        Preemption(),
         Throughput(),
         MemoryPeak(),
+        PredictionTable(),
+        Alerts(),
         pl.callbacks.LearningRateMonitor(logging_interval="step"),
         ProgressBar(console=console),
+        StopOnNonFinite(),
+        StopWhenStalled(folder / "ranks"),
     ]
     options: dict[str, Any] = {
         "logger": [CSVMetrics(folder), wandb_logger(folder, offline=True)],
