@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow cluster setup setup-dev lint bench clean
+.PHONY: demo test slow matrix cluster setup setup-dev lint bench clean
 
 # Install, then train the built-in default on scikit-learn's digits.
 demo: setup
@@ -13,7 +13,11 @@ test: setup-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not cluster"
 
 slow: setup-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not long"
+
+# Every technique and pair on every base and module: a quarter of an hour on two cores.
+matrix: setup-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 
 # Jobs on a private SLURM of two nodes; needs root, and: apt-get install slurm-wlm munge
 cluster: setup-dev

@@ -14,7 +14,7 @@ from matrix import BASES, ROWS
 from matrix_runs import SAVED_AT, changed, everything, measure, problems
 from matrix_wrong import WRONG
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1800)]
 
 CELLS = [(name, module, base) for name, row in ROWS.items() for module in row.modules for base in BASES]
 WRONG_CELLS = [(name, module, base) for name, row in WRONG.items() for module in row.modules for base in BASES]

@@ -29,7 +29,7 @@ class Recomputation(ActivationCheckpointing):
     """Recomputes by torch's own function with the wrong options."""
 
     def __init__(self, blocks: Any = None, **options: Any) -> None:
-        super().__init__(blocks)
+        super().__init__(blocks=blocks)
         self.options = options
 
     def attach(self, module: pl.LightningModule) -> None:
