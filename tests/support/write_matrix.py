@@ -53,7 +53,7 @@ def page(runs: Mapping[Any, Any]) -> str:
     OMP_NUM_THREADS=1 python tests/support/write_matrix.py
 
 from {len(runs)} trainings: {len(ROWS)} rows, {len(MODULES)} modules, {len(BASES)} bases, {cell_count} cells.
-`tests/distributed/test_matrix_full.py` (marked slow) holds every cell to its bound,
+`tests/distributed/test_matrix_full.py` (marked long) holds every cell to its bound,
 `tests/distributed/test_matrix.py` the core of it, with accumulation and clipping. Rows and bounds are stated in
 `tests/support/matrix.py`.
 
