@@ -45,6 +45,7 @@ from kexue.callbacks import (
     Throughput,
     wandb_logger,
 )
+from kexue.callbacks.unused_hooks import skip_unused_hooks
 from kexue.lightning_modules.imaging import DigitsMultitaskModule
 
 Batch = dict[str, Tensor]
@@ -232,6 +233,7 @@ def kexue_default(folder: Path, console: Console) -> dict[str, Any]:
         StopOnNonFinite(),
         StopWhenStalled(folder / "ranks"),
     ]
+    skip_unused_hooks(callbacks)
     options: dict[str, Any] = {
         "logger": [CSVMetrics(folder), wandb_logger(folder, offline=True)],
         "callbacks": callbacks,
