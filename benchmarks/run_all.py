@@ -19,7 +19,7 @@ from common import table
 HERE = Path(__file__).parent
 # Name of the result -> script and arguments.
 SCRIPTS = {
-    "loop_overhead": ["loop_overhead", "--log-every", "50"],
+    "loop_overhead": ["loop_overhead", "--log-every", "50", "--steps", "200", "--repeats", "15"],
     "zero": ["zero"],
     "zero_results": ["zero_results"],
     "gloo": ["gloo"],

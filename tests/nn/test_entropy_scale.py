@@ -212,7 +212,7 @@ def marked(rows: int, length: int, generator: torch.Generator) -> tuple[Tensor, 
 
 
 def accuracies(scale: Any, seed: int) -> list[float]:
-    """Trained to name the marked letter at each of 32 places; accuracy at 32 and at 512 places."""
+    """Trained to name the marked letter at each of 64 places; accuracy at 64 and at 512 places."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     sizes: dict[str, Any] = {
@@ -225,15 +225,15 @@ def accuracies(scale: Any, seed: int) -> list[float]:
     }
     module = Transformer(TransformerConfig(2 * LETTERS, **sizes, attention_scale=scale, scale_floor=2))
     optimizer = torch.optim.Adam(module.parameters(), lr=2e-3)
-    for _ in range(200):
-        ids, letter = marked(32, 32, generator)
-        loss = F.cross_entropy(module.logits(module(ids)).flatten(0, 1), letter.repeat_interleave(32))
+    for _ in range(300):
+        ids, letter = marked(16, 64, generator)
+        loss = F.cross_entropy(module.logits(module(ids)).flatten(0, 1), letter.repeat_interleave(64))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     found, generator = [], torch.Generator().manual_seed(99)
     with torch.no_grad():
-        for length in (32, 512):
+        for length in (64, 512):
             ids, letter = marked(100, length, generator)
             named = module.logits(module(ids)[:, :: length // 32]).argmax(-1)
             found.append((named == letter[:, None]).float().mean().item())
@@ -241,10 +241,10 @@ def accuracies(scale: Any, seed: int) -> list[float]:
 
 
 @pytest.mark.slow
-def test_what_was_learned_at_32_tokens_holds_at_512() -> None:
-    """Seeds 0 to 4: all are right at 32; at 512 the factor is right at least 0.3 more often on average."""
+def test_what_was_learned_at_64_tokens_holds_at_512() -> None:
+    """Seeds 0 to 4: all are right at 64; at 512 the factor is right at least 0.2 more often on average."""
     plain, scaled = ([accuracies(scale, seed) for seed in SEEDS] for scale in ("sqrt", "log_n"))
     assert min(short for short, _ in plain + scaled) > 0.99
     kept, lost = (statistics.fmean(long for _, long in runs) for runs in (scaled, plain))
-    assert kept > 0.8
-    assert kept > lost + 0.3
+    assert kept > 0.85
+    assert kept > lost + 0.2
