@@ -150,7 +150,7 @@ def make_trainer(
         raise
     except (ValueError, MisconfigurationException) as error:
         raise InputError(f"trainer: {one_line(error)}") from error
-    skip_unused_hooks(trainer.callbacks)
+    skip_unused_hooks(trainer.callbacks)  # type: ignore[attr-defined]
     return trainer
 
 
