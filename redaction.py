@@ -35,9 +35,14 @@ def is_secret(name: str, value: object) -> bool:
     return any(secret in value for secret in environment_secrets())
 
 
+def is_secret_variable(name: str) -> bool:
+    """Tell whether an environment variable of this name holds a secret."""
+    return bool(_IN_ENVIRONMENT.search(name))
+
+
 def environment_secrets() -> list[str]:
     """Values of environment variables that are named like secrets, the longest first; paths are none."""
-    values = {value for name, value in os.environ.items() if _IN_ENVIRONMENT.search(name)}
+    values = {value for name, value in os.environ.items() if is_secret_variable(name)}
     return sorted((v for v in values if len(v) >= _SHORTEST_VALUE and not v.startswith("/")), key=len, reverse=True)
 
 

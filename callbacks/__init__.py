@@ -15,7 +15,7 @@ from .progress import ProgressBar
 from .stall import StopWhenStalled
 from .tensorboard import tensorboard_logger
 from .throughput import Throughput
-from .wandb_run import wandb_logger
+from .wandb_start import wandb_logger
 
 __all__ = [
     "Alerts",

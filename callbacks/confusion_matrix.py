@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ..errors import InputError
+from .answers import gathered, has_answers
 from .pictures import log_picture
 
 if TYPE_CHECKING:
@@ -83,27 +83,26 @@ class ConfusionMatrixPlot(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Take the batch's predictions and targets."""
-        if not isinstance(outputs, dict) or not {"prediction", "target"} <= outputs.keys():
+        if not has_answers(outputs):
             raise InputError(
                 "ConfusionMatrixPlot: test_step must return {'prediction': (B,), 'target': (B,)}; "
                 "return them or leave this callback out."
             )
-        self._pairs.append(torch.stack([outputs["prediction"].detach(), outputs["target"]]))
+        self._pairs.append(torch.stack([outputs["prediction"].detach(), outputs["target"]]).long())
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count over all processes and draw on the first."""
         empty = torch.zeros(2, 0, dtype=torch.long, device=pl_module.device)
-        prediction, target = torch.cat([empty, *self._pairs], 1)
-        self._pairs = []
-        seen = torch.cat([prediction, target, empty[0].new_full((1,), -1)]).max() + 1
-        classes = int(trainer.strategy.reduce(seen, reduce_op="max")) if trainer.world_size > 1 else int(seen)
+        pairs, self._pairs = torch.cat([empty, *self._pairs], 1).cpu(), []
+        parts = gathered(trainer, torch.unique(pairs, dim=1, return_counts=True))
+        classes = max(int(pairs.max()) + 1 if pairs.numel() else 0 for pairs, _ in parts)
         names = self.class_names or [str(number) for number in range(classes)]
         if classes > len(names):
             raise InputError(
                 f"ConfusionMatrixPlot(class_names=...): {len(names)} names, but class {classes - 1} occurs."
             )
-        metric = MulticlassConfusionMatrix(max(len(names), 2)).to(pl_module.device)
-        metric.update(prediction, target)
-        matrix = metric.compute().cpu()[: len(names), : len(names)]
+        matrix = torch.zeros(len(names), len(names), dtype=torch.long)
+        for (predicted, true), counts in parts:
+            matrix.index_put_((true, predicted), counts, accumulate=True)
         if trainer.is_global_zero and names:
             log_picture(trainer, "test/confusion_matrix", plot_confusion_matrix(matrix, names), self.filename)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from ..errors import InputError
+from .answers import gathered, has_answers
 from .pictures import as_grid, save_picture
 
 FOLDER = "predictions"
@@ -100,7 +100,7 @@ class PredictionTable(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Take the batch's rows."""
-        if isinstance(outputs, Mapping) and {"prediction", "target"} <= outputs.keys():
+        if has_answers(outputs):
             self._keep(class_rows(outputs, batch, self.class_names))
         elif isinstance(batch, Mapping) and "records" in batch and is_overridden("predict_step", pl_module):
             # Decided by the number of batches alone: all processes compute together or not at all.
@@ -111,10 +111,7 @@ class PredictionTable(pl.Callback):
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Gather the rows of all processes; the first one writes."""
-        parts: list[Any] = [(self._kept, self._counts)]
-        if trainer.world_size > 1:
-            parts = [None] * trainer.world_size
-            torch.distributed.all_gather_object(parts, (self._kept, self._counts))
+        parts = gathered(trainer, (self._kept, self._counts))
         wrong, right = ([row for kept, _ in parts for row in kept[which]] for which in (False, True))
         rows = [*wrong, *right][: self.max_rows]
         if not rows or not trainer.is_global_zero:

@@ -21,8 +21,9 @@ from typing import Any
 
 import psutil
 import pytorch_lightning as pl
+import torch.distributed
 
-from ..errors import InputError
+from ..errors import InputError, ProcessDied
 
 EXIT_CODE = 1
 TURN_SECONDS = 3.0
@@ -40,6 +41,8 @@ class Sign:
         step: Its optimiser step.
         place: Where in the code its main thread is, once it stands still.
         host: Its machine.
+        pid: Its number there, with the moment at which it was started and the namespace that numbers are of.
+        at: When it was written, by its machine's clock.
         turns: Grows with every time it is written: a process whose number stands still is gone.
     """
 
@@ -48,7 +51,31 @@ class Sign:
     step: int = 0
     place: str = ""
     host: str = ""
+    pid: tuple[int, float, str] | None = None
+    at: float = 0.0
     turns: int = 0
+
+    @classmethod
+    def own(cls) -> Sign:
+        """Of this process, before it has done anything."""
+        return cls(host=socket.gethostname(), pid=(os.getpid(), psutil.Process().create_time(), _namespace()))
+
+    def is_gone(self) -> bool | None:
+        """Whether the process has ended; None where that cannot be seen from here."""
+        if self.pid is None or self.host != socket.gethostname() or self.pid[2] != _namespace():
+            return None
+        try:
+            process = psutil.Process(self.pid[0])
+            another = abs(process.create_time() - self.pid[1]) > 2.0  # seconds: clocks are set
+            return another or process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+
+def _namespace() -> str:
+    with contextlib.suppress(OSError):
+        return str(Path("/proc/self/ns/pid").readlink())
+    return ""
 
 
 class StopWhenStalled(pl.Callback):
@@ -58,6 +85,8 @@ class StopWhenStalled(pl.Callback):
       is frozen: it is named with its machine and the step at which it was last seen.
     - Where all are alive and none makes progress for `timeout` seconds, those are named that are behind the others:
       these wait for them in a collective. The stack of every thread of every process is in `folder/stack-RANK.txt`.
+    - A process that dies lets the collectives of the others fail at once, with an error of the network. That error gets
+      a note with the rank that died and the step; `died` holds it.
 
     A step costs an addition. What takes longer than `timeout` without a batch passing (compiling, reading a large file,
     scoring on one process) needs a larger one.
@@ -66,6 +95,9 @@ class StopWhenStalled(pl.Callback):
         folder: Where the signs lie, on a file system that all processes share.
         timeout: Seconds without a batch after which the run is given up.
         dead_after: Seconds after which a process without a sign of life counts as dead.
+
+    Attributes:
+        died: Why this process failed, where the reason is that another one has died.
 
     Raises:
         InputError: If a number is out of range.
@@ -77,8 +109,9 @@ class StopWhenStalled(pl.Callback):
         self.folder = Path(folder)
         self.timeout = timeout
         self.dead_after = dead_after
-        self._own = Sign(host=socket.gethostname())
-        self._stop: threading.Event | None = None
+        self.died: ProcessDied | None = None
+        self._own = Sign()
+        self._watch: _Watch | None = None
         self._thread: threading.Thread | None = None
 
     # Progress
@@ -86,9 +119,9 @@ class StopWhenStalled(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Start watching once the processes know each other."""
         if self._thread is None:
-            self._stop = threading.Event()
-            watch = _Watch(self, trainer.global_rank, trainer.world_size, self._stop)
-            self._thread = threading.Thread(target=watch.run, daemon=True, name="kexue-stall-watch")
+            self._own = Sign.own()
+            self._watch = _Watch(self, trainer.global_rank, trainer.world_size, threading.Event())
+            self._thread = threading.Thread(target=self._watch.run, daemon=True, name="kexue-stall-watch")
             self._thread.start()
         self._pass(trainer, f"setting up {stage}")
 
@@ -97,7 +130,11 @@ class StopWhenStalled(pl.Callback):
         self._end()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Stop watching: this process has something better to say."""
+        """Stop watching: this process has something better to say, unless another one's death is the reason."""
+        if self._watch is not None and isinstance(exception, Exception) and not isinstance(exception, InputError):
+            self.died = self._watch.reason_of(exception)
+            if self.died is not None:
+                exception.add_note(str(self.died))
         self._end()
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -135,10 +172,10 @@ class StopWhenStalled(pl.Callback):
         own.step = trainer.global_step
 
     def _end(self) -> None:
-        if self._stop is not None and self._thread is not None:
-            self._stop.set()
+        if self._watch is not None and self._thread is not None:
+            self._watch.stop.set()
             self._thread.join(TURN_SECONDS)
-            self._stop = self._thread = None
+            self._watch = self._thread = None
 
 
 class _Watch:
@@ -149,6 +186,8 @@ class _Watch:
         self.own, self.rank, self.world_size, self.stop = callback._own, rank, world_size, stop
         self.interval = min(5.0, self.timeout / 4, self.dead_after / 4)
         self.seen: dict[int, tuple[int, float]] = {}
+        # Signs are written once all processes know each other: what is older was left by a run that was here before.
+        self.born = self.own.pid[1] if self.own.pid else 0.0
 
     def run(self) -> None:
         """Write, and look at the others while there is no progress."""
@@ -185,6 +224,7 @@ class _Watch:
 
     def _write(self) -> None:
         self.own.turns += 1
+        self.own.at = time.time()
         path = self._path(self.rank)
         partial = path.with_suffix(".partial")
         with contextlib.suppress(OSError):  # a full disk is for whoever writes something that matters to report
@@ -195,9 +235,11 @@ class _Watch:
         signs = {}
         for rank in range(self.world_size):
             try:
-                signs[rank] = Sign(**json.loads(self._path(rank).read_text(encoding="utf-8")))
+                sign = Sign(**json.loads(self._path(rank).read_text(encoding="utf-8")))
             except (OSError, ValueError, TypeError):
                 continue  # not there yet, or no longer: that process has ended by itself and says why
+            if sign.at >= self.born:
+                signs[rank] = sign
         return signs
 
     def _dead(self, signs: Mapping[int, Sign]) -> list[int]:
@@ -210,6 +252,29 @@ class _Watch:
             elif rank != self.rank and now - since > self.dead_after:
                 dead.append(rank)
         return dead
+
+    def reason_of(self, error: Exception) -> ProcessDied | None:
+        """Who has died, if that is why this process fails; it keeps on giving signs while it looks.
+
+        Whoever ends by itself takes its sign away. One that was killed leaves it; on another machine that shows by its
+        standing still, which is waited for only where the error is one of the network.
+        """
+        spoken = self.folder / SPOKEN
+        with contextlib.suppress(OSError):
+            if spoken.stat().st_mtime >= self.born:  # another one has given up, and said why
+                return ProcessDied(spoken.read_text(encoding="utf-8"), speaks=False)
+        before = self._read()
+        dead = {rank for rank, sign in before.items() if sign.is_gone()}
+        if not dead and _is_of_network(error) and any(sign.is_gone() is None for sign in before.values()):
+            self.stop.wait(1.6 * self.interval)
+            for rank, sign in self._read().items():
+                if rank in before and sign.is_gone() is None and sign.turns == before[rank].turns:
+                    dead.add(rank)
+        if not dead:
+            return None
+        named = " and ".join(f"rank {rank} on {before[rank].host}" for rank in sorted(dead))
+        speaks = self.rank == min(set(range(self.world_size)) - dead)
+        return ProcessDied(f"{named} died at step {self.own.step}, {self.own.phase}", speaks)
 
     def _about_dead(self, dead: list[int], signs: Mapping[int, Sign]) -> str:
         named = "; ".join(f"rank {r} on {signs[r].host}, last seen at step {signs[r].step}" for r in dead)
@@ -252,6 +317,13 @@ class _Watch:
 
     def _stack(self) -> Path:
         return self.folder / f"stack-{self.rank}.txt"
+
+
+def _is_of_network(error: Exception) -> bool:
+    """Whether an error is what gloo, NCCL or torch's store say when they lose another process."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in ("onnection", "roken pipe", "NCCL"))
 
 
 def _place_of_main_thread() -> str:

@@ -42,7 +42,8 @@ class Throughput(pl.Callback):
 
     Samples are counted by the first tensor of a batch, tokens by its entry `num_tokens` (a Python int) if any; both
     are summed over all processes. Reading data counts as time; validation and the writing of checkpoints do not.
-    Counts are kept without touching the device; it is waited for only when Lightning logs (`log_every_n_steps`).
+    Counts are kept without touching the device; it is waited for only when Lightning logs (`log_every_n_steps`), and
+    before a validation or a checkpoint.
     """
 
     def __init__(self) -> None:
@@ -76,13 +77,19 @@ class Throughput(pl.Callback):
         if isinstance(batch, Mapping):
             self._tokens += batch.get("num_tokens", 0)
         due = logs_now(trainer) and trainer.global_step > self._step
-        if due and pl_module.device.type == "cuda":
-            torch.cuda.synchronize(pl_module.device)
-        now = time.perf_counter()
-        self._seconds += now - (now if self._mark is None else self._mark)
-        self._mark = now
+        self._count_time(pl_module.device, wait=due)
+        self._mark = time.perf_counter()
         if due:
             self._log(trainer, pl_module.device)
+
+    def _count_time(self, device: torch.device, wait: bool) -> None:
+        """Add the time since the clock was started, if it runs, and stop it."""
+        if self._mark is None:  # a checkpoint was saved between the step and the end of its batch
+            return
+        if wait and device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self._seconds += time.perf_counter() - self._mark
+        self._mark = None
 
     def _log(self, trainer: pl.Trainer, device: torch.device) -> None:
         samples, tokens = float(self._samples), float(self._tokens)
@@ -101,10 +108,10 @@ class Throughput(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock."""
-        self._mark = None
+        self._count_time(pl_module.device, wait=True)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Stop the clock."""
-        self._mark = None
+        self._count_time(pl_module.device, wait=True)

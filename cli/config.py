@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import InputError
-from ..redaction import secrets_in
+from ..redaction import is_secret_variable, secrets_in
 from .cluster import Cluster
 from .errors import one_line, suggest
 from .targets import check, check_arguments, fits
@@ -36,7 +36,6 @@ _ROOT_HINTS: dict[str, Any] = {
     "monitor": str,
     "mode": Literal["min", "max"],
 }
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 _ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*([^,}]*)")
 
 
@@ -81,22 +80,23 @@ def plain(config: DictConfig, run_dir: Path | str) -> dict[str, Any]:
     config.run_dir = str(run_dir)
     for key, value in _leaves(OmegaConf.to_container(config, resolve=False)):
         for name in _ENVIRONMENT.findall(value) if isinstance(value, str) else ():
-            if _SECRET.search(name) or "$" in name:
-                raise InputError(
-                    f"{key}={value}: a secret would be written to {CONFIG_FILE}; "
-                    "leave it in the environment, libraries read their own variables"
-                )
+            if is_secret_variable(name) or "$" in name:
+                raise _secret(f"{key}={value}")
     try:
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise InputError(f"{error.full_key}: {one_line(str(error).splitlines()[0])}") from error
     assert isinstance(resolved, dict)
     if secret := next(secrets_in(resolved), None):
-        raise InputError(
-            f"{secret}: a secret would be written to {CONFIG_FILE}; leave it in the environment, "
-            "libraries read their own variables"
-        )
+        raise _secret(secret)
     return {str(key): value for key, value in resolved.items()}
+
+
+def _secret(where: str) -> InputError:
+    return InputError(
+        f"{where}: a secret would be written to {CONFIG_FILE}; leave it in the environment, libraries read their own "
+        "variables"
+    )
 
 
 def validate(config: dict[str, Any]) -> None:

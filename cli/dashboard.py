@@ -67,7 +67,7 @@ def _look(run: str, view: str) -> int:
 
 
 def _workspaces(action: str, family: str, project: str, entity: str) -> int:
-    from ..callbacks.wandb_run import has_wandb_key
+    from ..callbacks.wandb_start import has_wandb_key
     from ..errors import InputError
     from .dashboards.workspaces import FAMILIES, as_json, push, workspace
     from .errors import suggest

@@ -24,8 +24,9 @@ def explain(error: BaseException) -> str | None:
     """Say in one line what is wrong with the input; None when the error is a bug of the program."""
     if isinstance(error, InputError) or _names(error) & _INPUT_EXCEPTIONS:
         return one_line(error)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"{error.filename or 'the run directory'}: no space left on the disk; free some or choose run_dir=PATH"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        what = error.filename or ("the run directory" if error.strerror else one_line(error).rstrip("."))
+        return f"{what}: no space left on the disk; free some, or choose run_dir=PATH"
     if isinstance(error, _FILE_EXCEPTIONS) and error.filename is not None:
         return f"{error.filename}: {(error.strerror or 'cannot be opened').lower()}"
     if isinstance(error, ImportError) and "pip install" in str(error):

@@ -86,7 +86,7 @@ def _fit(config: dict[str, Any], place: Any) -> None:
         loggers=session.make_parts(config, "logger"),
     )
     step_before = describe(place.checkpoint).get("step") if place.checkpoint else None
-    with supervised(trainer), advised(trainer, config), _leaving_together():
+    with supervised(trainer), advised(trainer, config), _naming_the_dead(callbacks), _leaving_together():
         trainer.fit(model, datamodule=data, ckpt_path=place.checkpoint)
         metrics = session.numbers(trainer.callback_metrics)
         if trainer.global_step == step_before:
@@ -110,6 +110,25 @@ def _leaving_together() -> Iterator[None]:
         leave_group()
         raise
     leave_group()
+
+
+@contextmanager
+def _naming_the_dead(callbacks: list[Any]) -> Iterator[None]:
+    """Where a collective fails because a process has died, say which one instead of what the network noticed.
+
+    Raises:
+        ProcessDied: in place of the error.
+    """
+    from ..callbacks import StopWhenStalled
+
+    try:
+        yield
+    except Exception as error:
+        watches = [callback for callback in callbacks if isinstance(callback, StopWhenStalled)]
+        died = next((watch.died for watch in watches if watch.died is not None), None)
+        if died is None:
+            raise
+        raise died from error
 
 
 def _listen(callbacks: list[Any]) -> None:

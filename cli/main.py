@@ -12,7 +12,7 @@ import traceback
 from types import ModuleType
 
 from .. import __version__
-from ..errors import InputError
+from ..errors import InputError, ProcessDied
 from ..redaction import hide
 from ..signals import PREEMPTED, Preempted, ignore_signals
 from .errors import explain, suggest
@@ -33,8 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: words after `kexue`; None takes those of this process.
 
     Returns:
-        0 done, 2 the input is wrong (one line on stderr says what to type), 1 a bug (traceback), 75 asked to stop by a
-        signal and saved, 130 interrupted.
+        0 done, 2 the input is wrong (one line on stderr says what to type), 1 a bug (traceback) or another process of
+        the run died (one line names it), 75 asked to stop by a signal and saved, 130 interrupted.
     """
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
@@ -48,6 +48,10 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stop.__context__, KeyboardInterrupt):
             return INTERRUPTED
         raise
+    except ProcessDied as died:
+        if died.speaks:
+            print(f"kexue: {hide('; '.join([str(died), *getattr(died, '__notes__', [])]))}", file=sys.stderr)
+        return BUG
     except Exception as error:
         line = explain(error)
         if line is None:

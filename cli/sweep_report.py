@@ -36,8 +36,17 @@ def rows_of(sweep: Sweep) -> list[dict[str, Any]]:
 
 
 def write_report(sweep: Sweep) -> list[dict[str, Any]]:
-    """Write table and plot into the sweep's folder; many processes may do so, one after another or at once."""
-    rows = rows_of(sweep)
+    """Write table and plot into the sweep's folder; many processes may do so, one after another or at once.
+
+    A point that has ended meanwhile has written its own, which this one may have replaced: so it looks again.
+    """
+    rows: list[dict[str, Any]] = []
+    while rows != (rows := rows_of(sweep)):
+        _write(sweep, rows)
+    return rows
+
+
+def _write(sweep: Sweep, rows: list[dict[str, Any]]) -> None:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     partial = sweep.folder / f".{TABLE_FILE}.{os.getpid()}.partial"
     with partial.open("w", encoding="utf-8", newline="") as file:
@@ -50,7 +59,6 @@ def write_report(sweep: Sweep) -> list[dict[str, Any]]:
         partial = sweep.folder / f".{os.getpid()}.{PLOT_FILE}"
         plot(finished, [*sweep.keys, sweep.objective], sweep.goal, partial)
         partial.replace(sweep.folder / PLOT_FILE)
-    return rows
 
 
 def show(sweep: Sweep, rows: Sequence[dict[str, Any]]) -> None:

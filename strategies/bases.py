@@ -15,7 +15,8 @@ from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from pytorch_lightning.trainer.states import TrainerFn, TrainerStatus
 
 from ..errors import InputError
-from .checkpoints import KEY, AtomicCheckpointIO, check_parameters, shapes_of
+from .checkpoints import KEY, AtomicCheckpointIO, check_parameters, reason_of, shapes_of, unwritten
+from .last_metrics import last_metrics, let_schedulers_look, let_schedulers_look_after_validation, recall
 from .reshape import SavedOptimizer, check_optimizers, read_saved
 from .resume import (
     Position,
@@ -47,6 +48,7 @@ class TechniqueMixin(Strategy):
         self._pending: list[dict[str, Any]] = []
         self._inexact: list[str] = []
         self._states: dict[str, Any] = {}
+        self._metrics: dict[str, torch.Tensor] | None = None
         self._attached: pl.LightningModule | None = None
         self._exchanged = False
         self._before_validation: dict[str, Any] | None = None
@@ -171,16 +173,8 @@ class TechniqueMixin(Strategy):
         super().on_validation_end()
         if self._attached is not None:
             self._exchange(False)
-            self._let_schedulers_see()
-
-    def _let_schedulers_see(self) -> None:
-        """In a resumed epoch Lightning keeps schedulers that wait for a plateau from looking, as if what they look at
-        were not there: after this epoch's validation it is (2.6)."""
-        trainer = self._trainer
-        assert trainer is not None
-        watched = [config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
-        if watched and all(key in trainer.callback_metrics for key in watched):
-            trainer.fit_loop._restarting = False
+            assert self._trainer is not None
+            let_schedulers_look_after_validation(self._trainer)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load the optimisers, and with them the second set of weights."""
@@ -234,6 +228,8 @@ class TechniqueMixin(Strategy):
         if self._pending:
             inexact = position.go_on(dataloader, self._pending.pop(0))
             self._inexact += [inexact] if inexact else []
+        if self._metrics is not None:  # Lightning has forgotten all metrics before, and asks for no loader later
+            recall(trainer, self._metrics)
         self._positions.append(position)
         return ResumableLoader(dataloader, position)
 
@@ -277,6 +273,10 @@ class TechniqueMixin(Strategy):
         """Set Lightning's count of batches to where the run goes on, and say once what does not go on exactly."""
         super().on_train_start()
         self._count_from_position()
+        if self._metrics is not None:
+            assert self._trainer is not None
+            let_schedulers_look(self._trainer)
+            self._metrics = None
         cut_off = next((p.pending for p in self.positions if p.pending and p.pending.get("validating")), None)
         if cut_off is not None:  # a validation, which starts again from the random numbers it had
             set_random_state(cut_off["random"])
@@ -351,7 +351,12 @@ class TechniqueMixin(Strategy):
         own_states = {type(technique).__name__: technique.state_dict() for technique in self.techniques}
         checkpoint = {
             **checkpoint,
-            KEY: {"description": self.describe_run(), "position": positions, "techniques": own_states},
+            KEY: {
+                "description": self.describe_run(),
+                "position": positions,
+                "techniques": own_states,
+                "metrics": last_metrics(trainer),
+            },
         }
         if open_batches:
             checkpoint["loops"] = rewind(checkpoint["loops"], done, done - open_batches)
@@ -371,16 +376,16 @@ class TechniqueMixin(Strategy):
             [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
             for optimizer in self.optimizers
         ]
-        failure: str | None = None
+        failure: OSError | None = None
         with self.weights_to_save():
             if self.is_global_zero:
                 try:
                     self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
                 except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-                    failure = str(error)
+                    failure = reason_of(error)
         failure = self.broadcast(failure)
         if failure is not None:
-            raise OSError(f"{filepath} could not be written ({failure}); the checkpoints written before are untouched.")
+            raise unwritten(filepath, failure)
 
     def _parameter_names(self) -> dict[int, str]:
         assert self.lightning_module is not None
@@ -405,8 +410,9 @@ class TechniqueMixin(Strategy):
         return checkpoint
 
     def restore_run(self, path: Path, own: dict[str, Any]) -> None:
-        """Go on from what the strategy has put into a checkpoint: the position, and the state of every technique."""
+        """Go on from what the strategy has put into a checkpoint: position, metrics, each technique's state."""
         self.restore_position(path, own["position"])
+        self._metrics = own.get("metrics")
         self._states = dict(own.get("techniques", {}))
         self._restore_techniques()
 

@@ -53,6 +53,23 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def reason_of(error: BaseException) -> OSError:
+    """Return why a file could not be written: below torch's own error lies the system's, with its number."""
+    cause: BaseException | None = error
+    while cause is not None and not (isinstance(cause, OSError) and cause.errno):
+        cause = cause.__cause__ or cause.__context__
+    return OSError(cause.errno, cause.strerror) if isinstance(cause, OSError) else OSError(str(error) or repr(error))
+
+
+def unwritten(path: Any, reason: OSError, writer: str = "") -> OSError:
+    """Return the error for a checkpoint that could not be written; its number is that of the reason."""
+    why = reason.strerror or str(reason)
+    text = f"{path} could not be written{writer} ({why}); the checkpoints written before are untouched."
+    error = OSError(text)
+    error.errno = reason.errno
+    return error
+
+
 def publish(partial: Path, path: Path) -> None:
     """Give a complete checkpoint its name, in one step for whoever looks.
 
@@ -180,7 +197,7 @@ def synced_checkpoint_engine() -> Any:
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
     class SyncedCheckpointEngine(TorchCheckpointEngine):
-        failure: str | None = None
+        failure: OSError | None = None
 
         def save(self, state_dict: Any, path: str) -> None:
             # An error on one process must not leave the others waiting: it is kept, and raised by all of them.
@@ -190,7 +207,7 @@ def synced_checkpoint_engine() -> Any:
                     file.flush()
                     os.fsync(file.fileno())
             except (OSError, RuntimeError) as error:
-                self.failure = str(error) or type(error).__name__
+                self.failure = reason_of(error)
 
         def load(self, path: str, map_location: Any = None) -> Any:
             with tensors_only():

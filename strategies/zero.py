@@ -34,15 +34,20 @@ from .checkpoints import (
     describe,
     partial_path,
     publish,
+    reason_of,
     remove,
     shapes_of,
     sync_file,
     synced_checkpoint_engine,
     tensors_only,
+    unwritten,
 )
 from .gloo import suit_deepspeed, without_shared_memory
 from .reshape import Elements, Fragment, Saved, check_optimizers, load_weights, put_weights, read_saved, shares
 from .technique import Technique
+
+LOSS_SCALE = "MixedPrecision"
+"""Where Lightning keeps the scale of the loss in checkpoints of the other bases."""
 
 
 class ZeroPrecision(DeepSpeedPrecision):
@@ -285,6 +290,8 @@ class Zero(TechniqueMixin, DeepSpeedStrategy):
         partial = partial_path(path)
         ours = {"state_dict", "optimizer_states"}  # the engine writes these, divided
         client_state = {key: value for key, value in self.annotate(checkpoint).items() if key not in ours}
+        if self._loss_scale is not None:
+            client_state[LOSS_SCALE] = self._loss_scale.state_dict()
         engine: Any = self.deepspeed_engine
         engine.checkpoint_engine.failure = None
         if self.is_global_zero:
@@ -303,16 +310,13 @@ class Zero(TechniqueMixin, DeepSpeedStrategy):
             try:
                 self._finish(partial, path, client_state[KEY]["description"])
             except OSError as error:
-                failures[0] = str(error)
+                failures[0] = reason_of(error)
         failures = self.broadcast(failures)
         for rank, failure in enumerate(failures):
             if failure:
                 if self.is_global_zero:
                     remove(partial)
-                raise OSError(
-                    f"{path} could not be written by process {rank} ({failure}); "
-                    "the checkpoints written before are untouched."
-                )
+                raise unwritten(path, failure, f" by process {rank}")
 
     @staticmethod
     def _finish(partial: Path, path: Path, description: dict[str, Any]) -> None:
@@ -360,7 +364,14 @@ class Zero(TechniqueMixin, DeepSpeedStrategy):
             checkpoint = saved.rest
         self.restore_run(path, checkpoint[KEY])
         self.restore_exchange(description)
+        if self._loss_scale is not None and LOSS_SCALE in checkpoint:
+            self._loss_scale.load_state_dict(checkpoint[LOSS_SCALE])
         return checkpoint
+
+    @property
+    def _loss_scale(self) -> torch.amp.GradScaler | None:
+        """What scales the loss at 16-mixed; DeepSpeed itself does not save it."""
+        return getattr(self.deepspeed_engine.optimizer, "torch_autocast_gradscaler", None)
 
     def _divide(self, saved: Saved, description: Mapping[str, Any]) -> None:
         """Put this process' share of the weights and of the optimiser's state into the engine."""

@@ -15,6 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from ...errors import InputError
+from ..second_pass import SecondPass
 from ..technique import Technique
 from . import processes
 from .gradients import cosines
@@ -292,6 +293,14 @@ class LossWeighting(Technique):
             raise InputError(
                 f"LossWeighting({self.rule!r}, gradients='features'): {kind} has no task_losses(features, batch); "
                 "add it, or use gradients='parameters'."
+            )
+        others = () if trainer is None else getattr(trainer.strategy, "techniques", ())
+        twice = next((type(other).__name__ for other in others if isinstance(other, SecondPass)), None)
+        if divided and twice is not None:
+            raise InputError(
+                f"LossWeighting({self.rule!r}): {twice} runs the training step more than once, and ZeRO stage 3 "
+                "gathers the head, at which this rule looks, for one pass only; use strategy=zero_2, or a rule by "
+                "losses, such as rule='real_time'."
             )
         if not by_features and divided:
             hint = "use gradients='features'" if offers else f"add task_losses(features, batch) to {kind}"

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from kexue.callbacks import CSVMetrics, wandb_logger
-from kexue.callbacks.wandb_run import has_wandb_key
+from kexue.callbacks.wandb_start import has_wandb_key
 from kexue.errors import InputError
 from kexue.strategies import SingleDevice, describe
 

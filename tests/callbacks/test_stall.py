@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from kexue.callbacks import StopWhenStalled
@@ -33,6 +34,16 @@ class Hang(pl.Callback):
             if self.how == "freeze":
                 os.kill(os.getpid(), signal.SIGSTOP)
             time.sleep(3600)
+
+class Die(pl.Callback):
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 3 and trainer.global_rank == self.rank:
+            with open("died", "w") as file:
+                file.write(str(time.time()))
+            os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
@@ -90,9 +101,94 @@ def test_signs_are_written_and_removed(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
+LOST = RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
+
+
+@pytest.fixture
+def ended() -> Any:
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    number = (process.pid, psutil.Process(process.pid).create_time(), implementation._namespace())
+    process.wait()
+    return number
+
+
+def test_who_died_is_seen_at_once_on_the_same_machine(tmp_path: Path, ended: Any) -> None:
+    here = asdict(Sign.own()) | {"beats": 10}
+    write(tmp_path, 0, **here)
+    write(tmp_path, 1, **here)
+    write(tmp_path, 2, **here | {"pid": ended})
+    own = watch(tmp_path, rank=1)
+    own.own.step, own.own.phase = 6, "training"
+    died = own.reason_of(LOST)
+    assert str(died) == f"rank 2 on {here['host']} died at step 6, training"
+    assert not died.speaks, "rank 0 does"
+    write(tmp_path, 0, **here | {"pid": ended})
+    died = own.reason_of(LOST)
+    assert str(died).startswith(f"rank 0 on {here['host']} and rank 2 on {here['host']} died")
+    assert died.speaks
+    own.born = time.time()
+    assert own.reason_of(LOST) is None, "signs of a run that was here before"
+    own.born = 0.0
+    for rank in (0, 2):
+        (tmp_path / f"sign-{rank}.json").unlink()  # they have failed by themselves
+    assert own.reason_of(LOST) is None
+
+
+def test_who_died_on_another_machine_gives_no_signs(tmp_path: Path) -> None:
+    write(tmp_path, 0, **asdict(Sign.own()))
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    own = watch(tmp_path, dead_after=2)  # looks twice a second
+    beating = threading.Timer(0.3, write, (tmp_path, 2), {"turns": 2})
+    beating.start()
+    died = own.reason_of(LOST)
+    beating.join()
+    assert str(died).startswith("rank 1 on node1 died at step 0")
+    start = time.monotonic()
+    assert own.reason_of(ValueError("a bug")) is None
+    assert time.monotonic() - start < 0.3, "an error of its own waits for nobody"
+    (tmp_path / "stalled").write_text("no progress for 60 s: rank 1")  # another one has given up and said why
+    died = own.reason_of(LOST)
+    assert str(died) == "no progress for 60 s: rank 1"
+    assert not died.speaks
+
+
 def test_wrong_arguments() -> None:
     with pytest.raises(InputError, match="use seconds above 0"):
         StopWhenStalled("x", timeout=0)
+
+
+def fit_on_two_ranks(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    (folder / "hanging.py").write_text(HANG, encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if "RANK" not in name and name != "WORLD_SIZE"}
+    environment |= {"OMP_NUM_THREADS": "1", "KEXUE_ALLOW_TARGETS": "hanging"}
+    environment["PYTHONPATH"] = f"{folder}:{os.environ.get('PYTHONPATH', '')}"
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "kexue.cli", "fit", "strategy=ddp", "trainer.devices=2", "trainer.accelerator=cpu"),
+            *("logger=csv", f"run_dir={folder / 'run'}", "trainer.enable_model_summary=false", *words),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+        cwd=folder,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_process_that_was_killed_is_named_last(rank: int, tmp_path: Path) -> None:
+    """Rank 0 is the process that was started; with it goes what started the other one."""
+    done = fit_on_two_ranks(tmp_path, "+callbacks.die._target_=hanging.Die", f"+callbacks.die.rank={rank}")
+    assert time.time() - float((tmp_path / "died").read_text()) < 60
+    assert done.returncode == (1 if rank else -9), done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert re.match(rf"kexue: rank {rank} on \S+ died at step 3, training", last), done.stderr
+    assert ("rank 1 was ended by SIGKILL" in last) == (rank == 1)
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "ranks" / f"sign-{1 - rank}.json").exists()
 
 
 @pytest.mark.slow
@@ -104,24 +200,12 @@ def test_wrong_arguments() -> None:
     ],
 )
 def test_every_process_ends_and_one_says_why(how: str, said: str, tmp_path: Path) -> None:
-    (tmp_path / "hanging.py").write_text(HANG, encoding="utf-8")
     limits = {"hang": (8, 60), "freeze": (60, 6)}[how]
-    environment = {name: value for name, value in os.environ.items() if "RANK" not in name and name != "WORLD_SIZE"}
-    environment |= {"OMP_NUM_THREADS": "1", "KEXUE_ALLOW_TARGETS": "hanging"}
-    environment["PYTHONPATH"] = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
     begin = time.monotonic()
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "kexue.cli", "fit", "strategy=ddp", "trainer.devices=2", "trainer.accelerator=cpu"),
-            *("logger=csv", f"run_dir={tmp_path / 'run'}", "trainer.enable_model_summary=false"),
-            *(f"callbacks.stall.timeout={limits[0]}", f"callbacks.stall.dead_after={limits[1]}"),
-            *("+callbacks.hang._target_=hanging.Hang", f"+callbacks.hang.how={how}"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=environment,
-        cwd=tmp_path,
+    done = fit_on_two_ranks(
+        tmp_path,
+        *(f"callbacks.stall.timeout={limits[0]}", f"callbacks.stall.dead_after={limits[1]}"),
+        *("+callbacks.hang._target_=hanging.Hang", f"+callbacks.hang.how={how}"),
     )
     assert done.returncode == 1, done.stderr
     assert done.stderr.count(said) == 1

@@ -113,6 +113,19 @@ def test_throughput_leaves_out_validation_and_saving(tmp_path: Path, monkeypatch
         assert values == pytest.approx([value] * 4)
 
 
+def test_throughput_of_a_step_whose_checkpoint_comes_before_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class SaveAtOnce(pl.Callback):
+        def on_train_batch_end(self, trainer, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "a.ckpt")
+            CLOCK.seconds += 1.0
+
+    monkeypatch.setattr("kexue.callbacks.throughput.time", CLOCK)
+    _, rows = run(tmp_path, SaveAtOnce(), Throughput(), log_every_n_steps=1)
+    assert rows.values("throughput/step_seconds") == [(step, pytest.approx(0.01)) for step in range(12)]
+
+
 def test_throughput_with_accumulation_logs_once_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kexue.callbacks.throughput.time", CLOCK)
     _, rows = run(tmp_path, Throughput(), MemoryPeak(), accumulate_grad_batches=2, log_every_n_steps=1)

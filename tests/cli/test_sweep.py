@@ -15,7 +15,7 @@ import pytest
 from kexue.cli import fit, sweep_report
 from kexue.cli import main as cli
 from kexue.cli import sweep as command
-from kexue.cli.points import drawn, grid, make_points, split_words
+from kexue.cli.points import drawn, grid, make_points, read_sweep, split_words
 from kexue.errors import InputError
 
 LR = "model.optimizer.lr=tag(log,interval(1e-4,1e-1))"
@@ -191,6 +191,28 @@ def test_the_batch_script_is_one_array(trained: list[list[str]], capsys: pytest.
     script = capsys.readouterr().out
     assert "#SBATCH --array=1,4%3" in script
     assert f"[4]={Path('s/0004').resolve()}" in script
+
+
+def test_a_point_that_ends_while_another_one_draws_is_in_the_plot(
+    trained: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both write the same files, and whoever writes last may have looked first."""
+    assert cli.main(["sweep", "model.optimizer.lr=1e-3,1e-2", "sweep_dir=s"]) == 0
+    late = Path("s/0001/metrics.json")
+    text = late.read_text()
+    late.unlink()
+    drawn: list[int] = []
+
+    def draw(rows: list[dict[str, Any]], columns: Any, goal: str, path: Path) -> None:
+        drawn.append(len(rows))
+        path.touch()
+        late.write_text(text)
+
+    monkeypatch.setattr(sweep_report, "plot", draw)
+    rows = sweep_report.write_report(read_sweep(Path("s")))
+    assert drawn == [1, 2]
+    with Path("s/table.csv").open() as file:
+        assert [row["state"] for row in csv.DictReader(file)] == [row["state"] for row in rows] == ["finished"] * 2
 
 
 def test_axes_of_names_numbers_and_decades() -> None:

@@ -21,6 +21,7 @@ import yaml
 from kexue.cli import main as cli
 from kexue.cli.jobs import Job, find
 from kexue.cli.status import progress
+from kexue.wandb_records import history, read_records, record_files
 
 pytestmark = pytest.mark.cluster
 
@@ -66,6 +67,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm.Cluster]
         patch.setenv("PYTHONPATH", f"{folder}:{os.environ.get('PYTHONPATH', '')}")
         patch.setenv("KEXUE_ALLOW_TARGETS", "slow")
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("WANDB_MODE", "offline")
         yield running
 
 
@@ -110,6 +112,12 @@ def validations(job: Job) -> list[tuple[str, str]]:
         return [(row["step"], row["val/loss"]) for row in csv.DictReader(file) if row.get("val/loss")]
 
 
+def recorded(job: Job) -> list[tuple[int, float]]:
+    """Step and training loss of the rows that W&B has on disk, over all starts of the run; by whichever process."""
+    rows = [row for file in record_files(Path(job.run_dir)) for row in history(read_records(file))]
+    return [(row["trainer/global_step"], row["train/loss"]) for row in rows if "train/loss" in row]
+
+
 def usr1(cluster: slurm.Cluster, job: Job) -> None:
     """What comes before a time limit."""
     cluster.run("scancel", "--signal=USR1", job.id)
@@ -134,7 +142,10 @@ def interrupt(cluster: slurm.Cluster, job: Job, *events: Callable[[slurm.Cluster
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero_2"])
 def test_requeued_equals_uninterrupted_bit_for_bit(strategy: str, cluster: slurm.Cluster, tmp_path: Path) -> None:
-    """Two nodes; the signal of a time limit and an urgent job, each twice in a row; tasks see no SLURM command."""
+    """Two nodes; the signal of a time limit and an urgent job, each twice in a row; tasks see no SLURM command.
+
+    Under DDP W&B records the interrupted run as well: one run, by one of the processes.
+    """
     container = tmp_path / "container"
     container.write_text('#!/bin/sh\nexport PATH=/nowhere\nexec "$@"\n')
     container.chmod(0o755)
@@ -142,7 +153,8 @@ def test_requeued_equals_uninterrupted_bit_for_bit(strategy: str, cluster: slurm
     (whole,) = submit(*words)
     ended(whole)
     inside = [f"cluster.container={container}", f"cluster.command='{sys.executable} -m kexue.cli'"]
-    (job,) = submit(*words, *inside, *slowly(0.1))
+    logger = ["logger=wandb"] if strategy == "ddp" else []
+    (job,) = submit(*words, *inside, *logger, *slowly(0.1))
     interrupt(cluster, job, *((usr1, usr1, urgent) if strategy == "ddp" else (urgent, urgent)))
     assert list(losses(whole)) == list(range(STEPS))
     assert losses(job) == losses(whole)
@@ -152,6 +164,12 @@ def test_requeued_equals_uninterrupted_bit_for_bit(strategy: str, cluster: slurm
     assert log.count("goes back into the queue") == log.count("asked to stop (") == events
     tested = [json.loads((Path(run.run_dir) / "metrics.json").read_text())["test/loss"] for run in (whole, job)]
     assert tested[0] == tested[1]
+    if strategy == "ddp":
+        assert recorded(job) == [(number, float(loss)) for number, loss in losses(job).items()]
+        run_id = (Path(job.run_dir) / "wandb" / "run_id").read_text()
+        files = record_files(Path(job.run_dir))
+        assert files == record_files(Path(job.run_dir), run_id)
+        assert len(files) > events, "each start writes a file of its own"
 
 
 def test_submit_follow_cancel(cluster: slurm.Cluster, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,6 +204,58 @@ def test_an_array_of_seeds(cluster: slurm.Cluster) -> None:
         ended(job)
         assert yaml.safe_load((Path(job.run_dir) / "config.yaml").read_text())["seed"] == seed
     assert losses(jobs[0]) != losses(jobs[1])
+
+
+def test_a_sweep_is_one_array_and_goes_on(cluster: slurm.Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every point once; a second call runs none; one whose result is gone is the only one to run again."""
+    place = Path("points").resolve()
+    words = ["model.optimizer.lr=0.01,0.000001", "seed=1,2", "debug=fast", "trainer.limit_train_batches=9"]
+    nodes = ["cluster=slurm", "cluster.device=cpu", "cluster.tasks_per_node=2", "cluster.time=1h"]
+
+    def table() -> list[dict[str, str]]:
+        with (place / "table.csv").open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    def queued() -> list[str]:
+        ids = cluster.run("squeue", "--noheader", "--array", "--states=all", "--format=%i").split()
+        return sorted(name for name in ids if name.startswith(array))
+
+    assert cli.main(["sweep", *QUIET, *words, f"sweep_dir={place}", *nodes, "parallel=2"]) == 0
+    array = f"{capsys.readouterr().out.splitlines()[0].split()[1].rstrip(',')}_"
+    jobs = find([array.rstrip("_")])
+    assert [job.id for job in jobs] == queued() == [f"{array}{number}" for number in range(4)]
+    assert [Path(job.run_dir) for job in jobs] == [place / f"{number:04d}" for number in range(4)]
+    for job in jobs:
+        ended(job)
+    found = table()
+    assert [row["state"] for row in found] == ["finished"] * 4
+    scores = [float(row["val/digit_accuracy"]) for row in found]
+    assert scores == sorted(scores, reverse=True)
+    assert [float(row["model.optimizer.lr"]) for row in found] == [0.01, 0.01, 1e-6, 1e-6], "the best on top"
+    for row in found:  # what stands in a row is what that point has trained with, and has reached
+        folder = place / row["point"]
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        assert (str(config["seed"]), config["trainer"]["devices"]) == (row["seed"], 2)
+        assert config["model"]["optimizer"]["lr"] == float(row["model.optimizer.lr"])
+        assert json.loads((folder / "metrics.json").read_text())["val/digit_accuracy"] == float(
+            row["val/digit_accuracy"]
+        )
+    assert (place / "parallel_coordinates.png").read_bytes().startswith(b"\x89PNG")
+
+    before = {path: path.stat().st_mtime_ns for path in place.glob("*/metrics.*")}
+    everything = cluster.run("squeue", "--noheader", "--states=all", "--format=%i")
+    assert cli.main(["sweep", f"run={place}", *nodes]) == 0
+    assert "4 of 4 points finished" in capsys.readouterr().out
+    assert cluster.run("squeue", "--noheader", "--states=all", "--format=%i") == everything, "nothing was queued"
+
+    (place / "0002" / "metrics.json").unlink()
+    assert cli.main(["sweep", f"run={place}", *nodes]) == 0
+    array = f"{capsys.readouterr().out.splitlines()[0].split()[1].rstrip(',')}_"
+    assert queued() == [f"{array}2"]
+    ended(find([array.rstrip("_")])[0])
+    assert table() == found
+    after = {path: path.stat().st_mtime_ns for path in place.glob("*/metrics.*")}
+    assert {path.parent.name for path in after if after[path] != before[path]} == {"0002"}
 
 
 def test_a_signal_to_a_task_that_cannot_listen_yet(cluster: slurm.Cluster, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from kexue.errors import InputError
-from kexue.strategies import LossWeighting, MultiSampleDropout, RDrop, SingleDevice, load_weights
+from kexue.strategies import FGM, LossWeighting, MultiSampleDropout, RDrop, SingleDevice, load_weights
 from kexue.strategies.loss_weighting import imtl_l, uncertainty
 from kexue.strategies.loss_weighting.rules import RULES, Measurement
 
@@ -471,3 +472,22 @@ def test_samples_of_single_tasks_are_warned_of() -> None:
     technique.attach(model)
     with pytest.warns(UserWarning, match="no sample of the batch belongs to two tasks"):
         technique.combine(model.training_step(batches()[0], 0), model)
+
+
+@pytest.mark.parametrize("other", [RDrop(), FGM()])
+@pytest.mark.parametrize("module", [Two, Foreign])
+def test_two_passes_at_stage_3_are_refused_at_once_with_what_works(other: Any, module: type[Two]) -> None:
+    """What other errors advise (task_losses, tasks=[...], another order) would end in the next refusal."""
+
+    def attach(stage: int | None, rule: str = "gradnorm") -> None:
+        model, technique = module(), LossWeighting(rule)
+        strategy = SimpleNamespace(stage=stage, techniques=(other, technique))
+        model._trainer = SimpleNamespace(strategy=strategy, precision="32-true")  # type: ignore[assignment]
+        technique.attach(model)
+
+    name = type(other).__name__
+    with pytest.raises(InputError, match=rf"{name} runs the training step more than once, .*zero_2, or a rule by los"):
+        attach(3)
+    attach(2)
+    attach(None)
+    attach(3, "real_time")
