@@ -25,6 +25,8 @@ SCRIPTS = {
     "gloo": ["gloo"],
     "preemption": ["preemption"],
     "event_decoding": ["event_decoding"],
+    "crf": ["crf"],
+    "entity_dictionary": ["entity_dictionary"],
     "transformer_training": ["transformer", "--part", "training"],
     "transformer_generation": ["transformer", "--part", "generation"],
     "transformer_products": ["transformer", "--part", "products"],
@@ -36,8 +38,21 @@ SCRIPTS = {
     "loss_weighting_cost": ["loss_weighting", "--part", "cost"],
     "loss_weighting_tasks": ["loss_weighting", "--part", "tasks"],
 }
+READING = ("mrc_cmrc2018", "mrc_dureader_robust", "mrc_dureader_checklist", "dgcnn_webqa")
 LONG = {
     "gplinker_duee": ["gplinker_duee"],
+    "relation_gplinker": ["relation_duie"],
+    "relation_lic2020": ["relation_duie", "model=lic2020_relation"],
+    "global_pointer": ["global_pointer"],
+    "ner_peer": ["ner_peer"],
+    "lic2020_event": ["gplinker_duee", "--experiment", "lic2020_event"],
+    **{
+        f"ner_{name}_{model}": ["ner", "--set", name, "--model", f"ner_{model}"]
+        for name in ("cluener", "resume", "weibo")
+        for model in ("crf", "global_pointer")
+    },
+    "entity_linking": ["entity_linking"],
+    **{name: ["reading", name] for name in READING},
     "multi_sample_dropout": ["multi_sample_dropout", "--plot", "docs/multi_sample_dropout.png"],
     "multi_sample_dropout_smoothed": [
         "multi_sample_dropout",
@@ -52,7 +67,19 @@ LONG = {
     "loss_weighting_digits": ["loss_weighting", "--part", "digits"],
     "kill_test": ["kill_test"],
 }
-NEED_DATA = ("packing", "gplinker_duee", "multi_sample_dropout", "multi_sample_dropout_smoothed", "label_smoothing")
+NEED_DATA = (
+    "packing",
+    "gplinker_duee",
+    "relation_gplinker",
+    "relation_lic2020",
+    "lic2020_event",
+    "entity_linking",
+    *READING,
+    "multi_sample_dropout",
+    "multi_sample_dropout_smoothed",
+    "label_smoothing",
+)
+NEED_DATA += tuple(name for name in LONG if name.startswith("ner_"))
 REMARKS = {
     "gplinker_duee": "Trained from scratch on 892 rows, 70 epochs, seed 42, two threads on two free cores.",
 }

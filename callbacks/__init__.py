@@ -12,6 +12,7 @@ from .pictures import Pictures, log_picture
 from .prediction_table import PredictionTable
 from .preemption import Preemption
 from .progress import ProgressBar
+from .second_stage import SecondStage, second_stage_begins
 from .stall import StopWhenStalled
 from .tensorboard import tensorboard_logger
 from .throughput import Throughput
@@ -29,12 +30,14 @@ __all__ = [
     "PredictionTable",
     "Preemption",
     "ProgressBar",
+    "SecondStage",
     "StopOnNonFinite",
     "StopWhenStalled",
     "Throughput",
     "alert",
     "exact_schedule",
     "log_picture",
+    "second_stage_begins",
     "tensorboard_logger",
     "wandb_logger",
 ]

@@ -20,7 +20,7 @@ from .pictures import as_grid, save_picture
 
 FOLDER = "predictions"
 COLUMNS = ("right", "input", "gold", "predicted")
-_KNOWN_FIELDS = ("id", "text")  # of a record: what is given, as opposed to what is to be found
+_GIVEN = ("text", "question", "passages")  # of a record: what is given, as opposed to what is to be found
 
 
 def readable(value: object) -> str:
@@ -38,12 +38,22 @@ def readable(value: object) -> str:
 
 
 def record_row(gold: Any, predicted: Any) -> dict[str, Any]:
-    """A row for a record and the record that a model made of it; the order of several findings does not count."""
-    names = [field.name for field in dataclasses.fields(gold) if field.name not in _KNOWN_FIELDS]
+    """A row for a record and the record that a model made of it; the order of several findings does not count.
+
+    A record that knows what is right of several things, and offers `accepts(predicted)`, is asked; one that has a
+    method `judged` is compared as that gives it.
+    """
+    gold, predicted = (record.judged() if hasattr(record, "judged") else record for record in (gold, predicted))
+    fields = [field.name for field in dataclasses.fields(gold)]
+    names = [name for name in fields if name not in ("id", *_GIVEN)]
     texts = [[_texts(getattr(record, name)) for name in names] for record in (gold, predicted)]
-    say = ["; ".join(text for group in groups for text in group) for groups in texts]
-    right = [sorted(group) for group in texts[0]] == [sorted(group) for group in texts[1]]
-    return {"right": right, "input": getattr(gold, "text", readable(gold)), "gold": say[0], "predicted": say[1]}
+    say = ["; ".join(dict.fromkeys(text for group in groups for text in group)) for groups in texts]
+    if hasattr(gold, "accepts"):
+        right = gold.accepts(predicted)
+    else:
+        right = [sorted(group) for group in texts[0]] == [sorted(group) for group in texts[1]]
+    given = " | ".join(readable(getattr(gold, name)) for name in _GIVEN if name in fields) or readable(gold)
+    return {"right": right, "input": given, "gold": say[0], "predicted": say[1]}
 
 
 def class_rows(outputs: Mapping[str, Tensor], batch: Any, names: list[str] | None) -> Iterator[dict[str, Any]]:
@@ -64,7 +74,7 @@ class PredictionTable(pl.Callback):
 
     It reads `{"prediction": (B,), "target": (B,)}` from what `test_step` returns. Where there is no such thing but the
     batch has `records`, it calls `predict_step` on some batches, evenly spread, and compares records. A module that
-    offers neither has no table.
+    offers neither has no table. Where a module finds but a part of what is annotated, its `expected(record)` is that.
 
     Args:
         max_rows: Rows of the table.
@@ -107,7 +117,8 @@ class PredictionTable(pl.Callback):
             every = max(1, math.ceil(trainer.num_test_batches[dataloader_idx] / self.num_batches))
             if batch_idx % every == 0:
                 found: Iterable[Any] = pl_module.predict_step(batch, batch_idx)
-                self._keep(record_row(gold, record) for gold, record in zip(batch["records"], found, strict=True))
+                gold: Iterable[Any] = map(getattr(pl_module, "expected", lambda record: record), batch["records"])
+                self._keep(record_row(right, record) for right, record in zip(gold, found, strict=True))
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Gather the rows of all processes; the first one writes."""

@@ -133,9 +133,8 @@ def _compose(name: str, overrides: list[str]) -> DictConfig:
     except MissingConfigException as error:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
         options = _options(group) if group else []
-        raise InputError(
-            f"{group or name}={choice}: no such {group or 'config'}; {suggest(choice, options)}"
-        ) from error
+        advice = suggest(choice, options, "kexue list shows them" if group == "experiment" else "see --help")
+        raise InputError(f"{group or name}={choice}: no such {group or 'config'}; {advice}") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise _explain_override(name, parsed, error) from error
 

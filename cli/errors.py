@@ -42,11 +42,11 @@ def one_line(error: BaseException | str, limit: int = 400) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def suggest(word: str, options: Iterable[str]) -> str:
+def suggest(word: str, options: Iterable[str], otherwise: str = "see --help") -> str:
     """The nearest of `options`, or all of them when none is near and they are few.
 
     Returns:
-        "did you mean X?", "choose from: A, B" or "see --help".
+        "did you mean X?", "choose from: A, B" or `otherwise`.
     """
     known = sorted(set(options))
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
@@ -56,7 +56,7 @@ def suggest(word: str, options: Iterable[str]) -> str:
     tail = [name for name in known if name.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]]
     if tail:
         return f"did you mean {tail[0]}?"
-    return f"choose from: {', '.join(known)}" if 0 < len(known) <= _MAX_LISTED else "see --help"
+    return f"choose from: {', '.join(known)}" if 0 < len(known) <= _MAX_LISTED else otherwise
 
 
 def _names(error: BaseException) -> set[str]:

@@ -4,6 +4,7 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -123,6 +124,10 @@ class KexueDataModule(pl.LightningDataModule, ABC):
     def collator(self) -> Callable[[list[Any]], dict[str, Any]]:
         """The function from records to a batch; it travels to loader processes, so it holds no more than it needs."""
 
+    def training_collator(self) -> Callable[[list[Any]], dict[str, Any]]:
+        """The function for batches to train on, where those hold something else."""
+        return self.collator()
+
     def source_files(self) -> list[Path]:
         """Files that the records are read from; none for a built-in source."""
         return []
@@ -152,6 +157,19 @@ class KexueDataModule(pl.LightningDataModule, ABC):
     def write_answers(self, predictions: Iterable[Any], path: Path) -> int:
         """Write predicted records in the data set's answer format, whole or not at all; return the number of rows."""
         raise InputError(f"{path}: {type(self).__name__} has no answer format; predict with another experiment")
+
+    def combine(self, predictions: Sequence[Iterable[Any]]) -> list[Any]:
+        """Make one prediction of those of several models, one group of records each.
+
+        Raises:
+            InputError: a data module that knows no way to.
+        """
+        raise InputError(f"run=...: {type(self).__name__} cannot put several runs' answers together; give one run")
+
+    def in_order_of_inputs(self, predictions: Iterable[T]) -> list[T]:
+        """Predicted records, by their `id` in the order in which `read_inputs` has read them; batches go by length."""
+        place = {record.id: index for index, record in enumerate(self._records.get("predict", ()))}
+        return sorted(predictions, key=lambda record: place.get(record.id, len(place)))  # type: ignore[attr-defined]
 
     def records(self, split: Split) -> Sequence[Any]:
         """Records of a split, read at the first call."""
@@ -244,11 +262,31 @@ class KexueDataModule(pl.LightningDataModule, ABC):
             RecordDataset(records),
             batch_size=None,
             sampler=sampler,
-            collate_fn=self.collator(),
+            collate_fn=self.training_collator() if training else self.collator(),
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )
+
+
+def generated_rows(stream: Iterable[T], split: Split, number: int) -> list[T]:
+    """The rows of a split from a generator: `number` for training, a tenth of it for validation and test each."""
+    held_out = number // 10
+    first = {"train": 0, "val": number, "test": number + held_out}[split]
+    return list(islice(stream, first, first + (number if split == "train" else held_out)))
+
+
+def file_below(root: Path, name: str) -> Path:
+    """A file of the data sets.
+
+    Raises:
+        InputError: there is no folder `root`.
+    """
+    if not root.is_dir():
+        raise InputError(
+            f"data.root={root}: no such folder; give the folder of the data sets, or data.root=null for generated rows"
+        )
+    return root / name
 
 
 def _difference(then: Any, now: Any) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .records import TRIGGER_ROLE, Argument, Event, EventRecord
-from .rows import OnBadRow, RowError, read_rows, write_rows
+from .rows import OnBadRow, RowError, object_of, read_rows, value_of, write_rows
 
 Schema = Mapping[str, Sequence[str]]
 """Event type -> its roles, without the trigger; both in the order of the schema file."""
@@ -51,7 +51,8 @@ def read_events(
         record = _record(row, schema, with_events)
         if max_characters is not None and len(record.text) > max_characters:
             raise RowError(
-                f"text of {len(record.text)} characters, at most {max_characters} are trained on; raise max_length"
+                f"text of {len(record.text)} characters, at most {max_characters} are read; raise max_length (of whole "
+                "training texts) or max_characters"
             )
         return record
 
@@ -113,29 +114,29 @@ def _annotation(event: Event) -> dict[str, Any]:
 
 
 def _schema_row(row: dict[str, Any]) -> tuple[str, list[str]]:
-    event_type = _value(row, "event_type", str)
-    roles = [_value(_object(entry, "role_list"), "role", str) for entry in _value(row, "role_list", list)]
+    event_type = value_of(row, "event_type", str)
+    roles = [value_of(object_of(entry, "role_list"), "role", str) for entry in value_of(row, "role_list", list)]
     if TRIGGER_ROLE in roles or len(set(roles)) != len(roles):
         raise RowError(f"event type {event_type!r} has roles {roles}; each once, and none named {TRIGGER_ROLE!r}")
     return event_type, roles
 
 
 def _record(row: dict[str, Any], schema: Schema | None, with_events: bool) -> EventRecord:
-    text, row_id = _value(row, "text", str), _value(row, "id", str)
-    rows = _value(row, "event_list", list) if with_events else []
-    return EventRecord(row_id, text, tuple(_event(_object(entry, "event_list"), text, schema) for entry in rows))
+    text, row_id = value_of(row, "text", str), value_of(row, "id", str)
+    rows = value_of(row, "event_list", list) if with_events else []
+    return EventRecord(row_id, text, tuple(_event(object_of(entry, "event_list"), text, schema) for entry in rows))
 
 
 def _event(row: dict[str, Any], text: str, schema: Schema | None) -> Event:
-    event_type = _value(row, "event_type", str)
+    event_type = value_of(row, "event_type", str)
     if schema is not None and event_type not in schema:
         raise RowError(f"event type {event_type!r} is not in the schema; correct it or add it to the schema file")
     arguments = []
     if "trigger" in row or "trigger_start_index" in row:  # corpora without triggers leave out both
         arguments.append(_argument(row, "trigger", TRIGGER_ROLE, text))
-    for entry in _value(row, "arguments", list):
-        entry = _object(entry, "arguments")
-        role = _value(entry, "role", str)
+    for entry in value_of(row, "arguments", list):
+        entry = object_of(entry, "arguments")
+        role = value_of(entry, "role", str)
         if schema is not None and role not in schema[event_type]:
             raise RowError(
                 f"role {role!r} is not one of event type {event_type!r} in the schema; use one of {schema[event_type]}"
@@ -147,34 +148,10 @@ def _event(row: dict[str, Any], text: str, schema: Schema | None) -> Event:
 
 
 def _argument(row: dict[str, Any], key: str, role: str, text: str) -> Argument:
-    span, start = _value(row, key, str), _value(row, f"{key}_start_index", int)
+    span, start = value_of(row, key, str), value_of(row, f"{key}_start_index", int)
     if start < 0 or text[start : start + len(span)] != span:
         found = text[max(start, 0) : max(start, 0) + len(span)]
         places = [str(i) for i in range(len(text)) if text.startswith(span, i)][:5]
         advice = f"it occurs at {', '.join(places)}" if places else "it does not occur in the text; correct the row"
         raise RowError(f"{key} {span!r} ({role}) is said to start at {start}, where the text has {found!r}; {advice}")
     return Argument(role, span, start)
-
-
-_JSON_NAMES = {str: "a string", int: "a whole number", list: "a list", dict: "an object"}
-
-
-def _value(row: dict[str, Any], key: str, kind: type) -> Any:
-    """Return `row[key]` if it is of exactly this type (true is no number); a string is neither empty nor broken."""
-    if key not in row:
-        raise RowError(f"key {key!r} is missing; give {_JSON_NAMES[kind]}")
-    value = row[key]
-    if type(value) is not kind:
-        raise RowError(f"{key!r} is {value!r:.60}; give {_JSON_NAMES[kind]}")
-    if kind is str:
-        if not value:
-            raise RowError(f"{key!r} is empty; give some text")
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            raise RowError(f"{key!r} holds half of a surrogate pair; write the character whole")
-    return value
-
-
-def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise RowError(f"an entry of {where!r} is {value!r:.60}; give an object")
-    return value

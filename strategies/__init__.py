@@ -27,6 +27,7 @@ from .recompute_blocks import find_blocks
 from .recompute_budget import cheapest
 from .recompute_policies import Full, Offload, Selective
 from .reshape import load_weights
+from .start_from import StartFrom
 from .technique import Technique
 from .zero import Zero
 
@@ -44,6 +45,7 @@ __all__ = [
     "RDrop",
     "Selective",
     "SingleDevice",
+    "StartFrom",
     "Technique",
     "Zero",
     "auto",

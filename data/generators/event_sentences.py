@@ -5,13 +5,12 @@ plays it in both, `{1.role+2.role}` a role of its own in each, and `{1.触发词
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from random import Random
 
 from ..records import TRIGGER_ROLE, Argument, Event, EventRecord
 from . import words
-
-Word = Callable[[Random], str]
+from .words import Word
 
 _ROLES: dict[str, dict[str, Word]] = {
     "司法-判刑": {"被告": words.person, "罪名": words.crime, "刑期": words.prison_term, "法院": words.court},

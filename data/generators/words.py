@@ -6,6 +6,9 @@ Names are put together from parts, so that a model meets ones at test time that 
 from collections.abc import Callable
 from random import Random
 
+Word = Callable[[Random], str]
+"""Draws a word."""
+
 
 def _words(text: str) -> list[str]:
     return text.split()

@@ -7,6 +7,7 @@ from .loading import load_tokenizer
 from .roformer import RoFormerTokenizer
 from .subset import vocabulary_subset
 from .wordpiece import WordPieceTokenizer
+from .words import WordTokenizer
 
 __all__ = [
     "ByteLevelBPETokenizer",
@@ -17,6 +18,7 @@ __all__ = [
     "Span",
     "Tokenizer",
     "WordPieceTokenizer",
+    "WordTokenizer",
     "load_tokenizer",
     "text_of",
     "vocabulary_subset",

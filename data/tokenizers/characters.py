@@ -4,7 +4,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Self
@@ -49,6 +49,13 @@ class CharTokenizer(VocabularyTokenizer):
         counts: Counter[str] = Counter()
         for text in texts:
             counts.update(text)
+        return cls.from_counts(counts, min_count=min_count, lowercase=lowercase, half_width=half_width)
+
+    @classmethod
+    def from_counts(
+        cls, counts: Mapping[str, int], *, min_count: int = 1, lowercase: bool = False, half_width: bool = False
+    ) -> Self:
+        """Build the vocabulary from how often each character was seen, see `from_texts`."""
         normal: Counter[str] = Counter()
         for character, count in counts.items():
             normal[normalise(character, lowercase, half_width)] += count

@@ -9,10 +9,15 @@ from .files import BPE_VOCAB_FILE, CONFIG_FILE, MERGES_FILE, TOKENIZER_FILE, VOC
 from .interface import Tokenizer
 from .roformer import RoFormerTokenizer
 from .wordpiece import WordPieceTokenizer
+from .words import WordTokenizer
 
 MODEL_CONFIG_FILE = "config.json"
-WORD_PIECE = {"BertTokenizer": WordPieceTokenizer, "RoFormerTokenizer": RoFormerTokenizer}
-CLASSES = (*WORD_PIECE, "GPT2Tokenizer")
+WITH_VOCABULARY = {
+    "BertTokenizer": WordPieceTokenizer,
+    "RoFormerTokenizer": RoFormerTokenizer,
+    "WordTokenizer": WordTokenizer,
+}
+CLASSES = (*WITH_VOCABULARY, "GPT2Tokenizer")
 ANY_CLASS = ("PreTrainedTokenizer", "TokenizersBackend")
 """Names under which transformers saves a tokenizer of whatever scheme."""
 LOOKED_FOR = (VOCAB_FILE, BPE_VOCAB_FILE, MERGES_FILE, TOKENIZER_FILE)
@@ -21,9 +26,9 @@ LOOKED_FOR = (VOCAB_FILE, BPE_VOCAB_FILE, MERGES_FILE, TOKENIZER_FILE)
 def load_tokenizer(place: str | Path) -> Tokenizer:
     """Read the tokenizer whose files lie in a folder.
 
-    Looked for in this order: `vocab.txt`, which holds characters if `CharTokenizer.save` has written it and WordPiece
-    otherwise, over jieba's words if `tokenizer_config.json` or `config.json` name RoFormer; `vocab.json` with
-    `merges.txt`, byte-level BPE; `tokenizer.json`, WordPiece or byte-level BPE.
+    Looked for in this order: `vocab.txt`, which holds characters or words if `CharTokenizer` or `WordTokenizer` has
+    saved it and WordPiece otherwise, over jieba's words if `tokenizer_config.json` or `config.json` name RoFormer;
+    `vocab.json` with `merges.txt`, byte-level BPE; `tokenizer.json`, WordPiece or byte-level BPE.
 
     Args:
         place: the folder, or one of these files, which is then the one that is read.
@@ -42,7 +47,7 @@ def load_tokenizer(place: str | Path) -> Tokenizer:
         return CharTokenizer.load(folder)
     name = _class_name(folder)
     if found == VOCAB_FILE:
-        return WORD_PIECE.get(name, WordPieceTokenizer).load(folder)
+        return WITH_VOCABULARY.get(name, WordPieceTokenizer).load(folder)
     if found == TOKENIZER_FILE:
         return _from_json(folder / TOKENIZER_FILE, name)
     return ByteLevelBPETokenizer.load(folder)
@@ -71,7 +76,8 @@ def _class_name(folder: Path) -> str:
 def _from_json(path: Path, name: str) -> Tokenizer:
     kind = read_object(path).get("model", {}).get("type")
     if kind == "WordPiece":
-        return WORD_PIECE.get(name, WordPieceTokenizer).from_json(path)
+        scheme = RoFormerTokenizer if name == RoFormerTokenizer.tokenizer_class else WordPieceTokenizer
+        return scheme.from_json(path)
     if kind == "BPE":
         return ByteLevelBPETokenizer.from_json(path)
     raise InputError(f"{path}: model.type={kind!r}: only WordPiece and byte-level BPE can be read")

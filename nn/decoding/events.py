@@ -7,7 +7,6 @@ the maximal cliques of its graph. Since nodes are distinct, no event's arguments
 Source: https://kexue.fm/archives/8926.
 """
 
-import warnings
 from collections.abc import Sequence
 from itertools import chain, islice, pairwise
 
@@ -17,15 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...errors import InputError
-from ..heads.scores import FactoredScores
+from ..heads.scores import CompactScores
 from .cliques import BIT, MAX_NODES, Words, clique_words, members_of
+from .spans import best_positive_cells, positive
 
 Span = tuple[str, int, int]
 """(role, first token, last token), the last one inclusive."""
 Events = dict[str, list[tuple[Span, ...]]]
 """The events of each type that is there, an event being its arguments in the order of the text."""
-CELLS_AT_ONCE = 1 << 22
-"""Scores written out and searched together."""
 EVENTS_AT_ONCE = 1 << 12
 """Events spelt out together: what they are made of stays in the processor's cache."""
 
@@ -45,7 +43,7 @@ def decode_events(
 
 @torch.no_grad()
 def decode_event_batch(
-    argument_scores: Tensor | FactoredScores,
+    argument_scores: Tensor | CompactScores,
     head_scores: Tensor,
     tail_scores: Tensor,
     labels: Sequence[Sequence[str]],
@@ -58,7 +56,7 @@ def decode_event_batch(
     """Events of every sentence of a batch; a cell counts when its score is above 0.
 
     Args:
-        argument_scores: `(B, H, T, T)`, in full or factored.
+        argument_scores: `(B, H, T, T)`, in full or compact.
         head_scores: scores `(B, T, T)` that two first tokens belong to one event; only cells i <= j are read.
         tail_scores: the same for last tokens.
         labels: (event type, role) of each of the H labels.
@@ -77,7 +75,7 @@ def decode_event_batch(
         raise InputError(f"decode_events: {len(labels)} labels for scores of {argument_scores.shape[1]} labels")
     kinds = {event_type: number for number, event_type in enumerate(dict.fromkeys(kind for kind, _ in labels))}
     type_of = np.array([kinds[event_type] for event_type, _ in labels])
-    graph, start, end, label = _nodes(argument_scores, places, type_of, len(kinds), max_nodes)
+    graph, start, end, label = best_positive_cells(argument_scores, places, type_of, max_nodes, "max_nodes")
     batch = len(argument_scores)
     if not len(graph):
         return [{} for _ in range(batch)]
@@ -108,6 +106,7 @@ def decode_event_batch(
     return decoded
 
 
+@torch.no_grad()
 def _spell_out(cliques: Words, first: NDArray, arguments: NDArray[np.object_]) -> list[tuple[Span, ...]]:
     """The arguments of each clique; `first` is where those of its graph begin."""
     events: list[tuple[Span, ...]] = []
@@ -127,73 +126,6 @@ def _spell_out(cliques: Words, first: NDArray, arguments: NDArray[np.object_]) -
     return events
 
 
-def _nodes(
-    scores: Tensor | FactoredScores, places: Tensor | None, type_of: NDArray, num_types: int, max_nodes: int
-) -> tuple[NDArray, ...]:
-    """(graph, start, end, label) of the arguments, so ordered; a graph is sentence * types + type."""
-    batch, num_labels, length, _ = scores.shape
-    together = max(1, CELLS_AT_ONCE // (num_labels * length * length))
-    in_order = batch * num_types, length, length, num_labels
-    found, crowded = [], False
-    for first in range(0, batch, together):
-        rows = slice(first, first + together)
-        if isinstance(scores, FactoredScores):
-            block = FactoredScores(scores.shared[rows], scores.start[rows], scores.end[rows]).dense()
-        else:
-            block = scores[rows]
-        sentence, label, start, end = cells = _positive_cells(block)
-        seen = start <= end
-        if places is not None:
-            allowed = places[rows].cpu().numpy()
-            seen &= allowed[sentence, start] & allowed[sentence, end]
-        if not seen.all():
-            sentence, label, start, end = cells = tuple(part[seen] for part in cells)
-        graph = (sentence + first) * num_types + type_of[label]
-        if len(graph) > max_nodes and np.bincount(graph).max() > max_nodes:
-            best = _best_cells(block, cells, graph, max_nodes)
-            graph, start, end, label = graph[best], start[best], end[best], label[best]
-            crowded = True
-        found.append(np.ravel_multi_index((graph, start, end, label), in_order))
-    if crowded:
-        warnings.warn(
-            "more candidate arguments of one event type in a sentence than max_nodes: the best-scoring ones are kept "
-            "(usual in the first epochs)",
-            stacklevel=4,
-        )
-    return np.unravel_index(np.sort(np.concatenate(found)), in_order)
-
-
-def _positive_cells(scores: Tensor) -> tuple[NDArray[np.int64], ...]:
-    """Indices of the scores above 0, one array for each dimension."""
-    if scores.device.type != "cpu":
-        return tuple((scores > 0).nonzero().T.cpu().numpy())
-    return np.unravel_index(np.flatnonzero(_positive(scores)), scores.shape)
-
-
-def _positive(scores: Tensor) -> NDArray[np.bool_]:
-    """Where the scores are above 0. NumPy finds out several times as fast as PyTorch, but has no bfloat16."""
-    if scores.device.type != "cpu":
-        return (scores > 0).cpu().numpy()
-    return (scores.float() if scores.dtype == torch.bfloat16 else scores).numpy() > 0
-
-
-def _best_cells(
-    scores: Tensor, cells: tuple[NDArray[np.int64], ...], graph: NDArray[np.int64], count: int
-) -> NDArray[np.int64]:
-    """Which cells are the `count` best of their graph."""
-    cell = tuple(torch.from_numpy(part).to(scores.device) for part in cells)
-    values = scores[cell].float()
-    # Sorting all would take long; the best of a graph are among the best of its matrices.
-    seen = values.new_full(scores.shape, -torch.inf)
-    seen[cell] = values
-    lowest = seen.flatten(2).topk(min(count, seen[0, 0].numel()))[0][..., -1]
-    chosen = np.flatnonzero((values >= lowest[cell[:2]]).cpu().numpy())
-    graph, score = graph[chosen], values.cpu().numpy()[chosen]
-    best_first = np.lexsort((-score, graph))
-    graph = graph[best_first]
-    return chosen[best_first[np.arange(len(graph)) - np.searchsorted(graph, graph) < count]]
-
-
 def _adjacency(
     links: Sequence[tuple[Tensor, NDArray]], sentence: NDArray, first: NDArray, sizes: NDArray
 ) -> NDArray[np.bool_]:
@@ -205,5 +137,5 @@ def _adjacency(
         token, length = tokens[node], scores.shape[-1]
         cell = ((sentence * length + token) * length)[:, None] + token
         cell = np.minimum(cell, cell.swapaxes(0, 1))  # of (i, j) and (j, i), the one above the diagonal
-        linked = linked & _positive(scores).ravel().take(cell)
+        linked = linked & positive(scores).ravel().take(cell)
     return linked.transpose(2, 0, 1)

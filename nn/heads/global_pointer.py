@@ -8,13 +8,14 @@ cell by cell, in tests/nn/test_global_pointer.py.
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import InputError
 from ..transformer import position_angles, rotate
-from .scores import FactoredScores
+from .scores import FactoredScores, ProductScores
 
 
 class LecunLinear(nn.Linear):
@@ -42,20 +43,28 @@ class _Pointer(nn.Module):
 
     def match(self, query: Tensor, key: Tensor) -> Tensor:
         """Scaled inner products `(..., T, T)` of `(..., T, d)`, rotated by position where wanted."""
+        query, key = self.turn(query, key)
+        return query @ key.transpose(-1, -2)
+
+    def turn(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries, scaled, and keys `(..., T, d)`, rotated by position where wanted."""
         if self.rope:
             angles = position_angles(query.shape[-2], self.head_size, query.device)
             query, key = rotate(query, angles), rotate(key, angles)
-        return (query / math.sqrt(self.head_size)) @ key.transpose(-1, -2)
+        return query / math.sqrt(self.head_size), key
 
-    def hide(self, scores: Tensor, mask: Tensor | None) -> Tensor:
-        """Put the dtype's smallest value where a row or column is padding, and below the diagonal if triangular."""
-        length = scores.shape[-1]
-        visible = torch.ones(length, length, dtype=torch.bool, device=scores.device)
+    def visible(self, length: int, mask: Tensor | None, device: torch.device) -> Tensor:
+        """Which cells are spans, `(T, T)` or `(B, T, T)`: no padding, and none below the diagonal if triangular."""
+        visible = torch.ones(length, length, dtype=torch.bool, device=device)
         if self.triangular:
             visible = visible.triu()
         if mask is not None:
             visible = visible & mask.bool()[:, :, None] & mask.bool()[:, None, :]
-            visible = visible.view(visible.shape[0], *(1,) * (scores.dim() - 3), length, length)
+        return visible
+
+    def hide(self, scores: Tensor, mask: Tensor | None) -> Tensor:
+        """Put the dtype's smallest value where scores `(B, T, T)` are of no span."""
+        visible = self.visible(scores.shape[-1], mask, scores.device)
         return scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
 
 
@@ -78,13 +87,13 @@ class GlobalPointer(_Pointer):
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         """Scores `(B, H, T, T)` of hidden states `(B, T, D)`; cells outside `mask` `(B, T)` get the dtype's minimum."""
+        return self.compact(hidden, mask).dense()
+
+    def compact(self, hidden: Tensor, mask: Tensor | None = None) -> ProductScores:
+        """The same scores as queries and keys, `2 H T d` numbers a sentence in place of `H T^2`."""
         pairs = self.projection(hidden).unflatten(-1, (self.num_heads, 2, self.head_size))
         query, key = pairs.permute(3, 0, 2, 1, 4)
-        return self.hide(self.match(query, key), mask)
-
-    def compact(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The same scores in their smallest form, which is this one."""
-        return self(hidden, mask)
+        return ProductScores(*self.turn(query, key), self.visible(hidden.shape[-2], mask, hidden.device))
 
 
 class EfficientGlobalPointer(_Pointer):
@@ -111,3 +120,11 @@ class EfficientGlobalPointer(_Pointer):
         shared = self.hide(self.match(pair[..., ::2], pair[..., 1::2]), mask)
         end, start = (self.bias(pair) / 2).transpose(1, 2).unflatten(1, (self.num_heads, 2)).unbind(2)
         return FactoredScores(shared, start, end)
+
+
+HeadKind = Literal["efficient", "standard"]
+HEADS: dict[str, type[EfficientGlobalPointer] | type[GlobalPointer]] = {
+    "efficient": EfficientGlobalPointer,
+    "standard": GlobalPointer,
+}
+"""The two forms by the names that configs use."""

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import InputError
-from ..heads.scores import FactoredScores
+from ..heads.scores import CompactScores
 from .multilabel import multilabel_pointer_loss
 from .ranks import sum_over_ranks
 
@@ -196,7 +196,7 @@ class LabelSmoothing(nn.Module):
             over_ranks=self.over_ranks,
         )
 
-    def spans(self, scores: Tensor | FactoredScores, labels: Tensor) -> Tensor:
+    def spans(self, scores: Tensor | CompactScores, labels: Tensor) -> Tensor:
         """Map span scores `(B, H, T, T)` and listed spans `(B, P, 3)` to the loss, see `multilabel_pointer_loss`."""
         if self.prior is not None or self.weight is not None or self.convention != "all" or self.over_ranks:
             raise InputError(

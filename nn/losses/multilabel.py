@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ..heads.scores import FactoredScores
+from ..heads.scores import CompactScores
 
 
-def multilabel_pointer_loss(scores: Tensor | FactoredScores, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+def multilabel_pointer_loss(scores: Tensor | CompactScores, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """Loss of span scores against a list of positive cells: summed over heads, averaged over the batch.
 
     Heads without a positive are nearly all of them, and need no more than the sum over their cells; the few matrices
     that have one are copied out.
 
     Args:
-        scores: `(B, H, T, T)`, in full or factored; half precision is taken to float32 first.
+        scores: `(B, H, T, T)`, in full or compact; half precision is taken to float32 first.
         labels: rows (head, i, j), `(B, P, 3)` integer; padding rows are -1 throughout. Repeated rows count once.
         smoothing: From 0 to below 0.5. Listed cells are positive to the share 1 - smoothing only, so that they stop at
             a score of `log((1 - smoothing) / smoothing) / 2`. The others, tens of thousands for each of these, stay 0:
@@ -42,13 +42,12 @@ def multilabel_pointer_loss(scores: Tensor | FactoredScores, labels: Tensor, smo
     if not 0.0 <= smoothing < 0.5:
         raise InputError(f"multilabel_pointer_loss(smoothing={smoothing}): use a number from 0 to below 0.5.")
     batch, heads, length, _ = scores.shape
-    dtype = scores.dtype if isinstance(scores, Tensor) else scores.start.dtype
-    scores = scores.to(torch.promote_types(dtype, torch.float32))
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     rows, chosen, cell, matrix = _listed_cells(labels, heads, length)
-    if isinstance(scores, FactoredScores):
-        everywhere, chosen_scores = scores.logsumexp(), scores.select(rows, chosen)
-    else:
+    if isinstance(scores, Tensor):
         everywhere, chosen_scores = scores.flatten(2).logsumexp(-1), scores[rows, chosen]
+    else:
+        everywhere, chosen_scores = scores.logsumexp(), scores.select(rows, chosen)
 
     chosen_scores = chosen_scores.flatten(1)
     own = chosen_scores[matrix, cell]

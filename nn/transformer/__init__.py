@@ -10,7 +10,7 @@ from .masks import Visibility, visibility
 from .packing import encode
 from .positions import position_angles, rotate, sinusoids
 from .residual import ResidualConstants, residual_constants
-from .transformer import EncoderDecoder, Layers, Transformer, unshared
+from .transformer import EncoderDecoder, Layers, Transformer, take_last_norm, unshared
 from .weights import from_pretrained, to_pretrained
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "residual_constants",
     "rotate",
     "sinusoids",
+    "take_last_norm",
     "to_pretrained",
     "unshared",
     "visibility",

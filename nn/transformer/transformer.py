@@ -5,6 +5,7 @@ that stop sharing.  Checked against: the models of transformers, torch.nn.Transf
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -335,3 +336,26 @@ def unshared(module: Transformer) -> Transformer:
     weight = module.embedding.tokens.weight
     copied.to(weight.device, weight.dtype).load_state_dict(state)  # which copies the values
     return copied.train(module.training)
+
+
+def take_last_norm(module: Transformer) -> nn.Module:
+    """Take the norm at the end of a Transformer out and return it: what it gave is then this norm of the output.
+
+    A head that normalises in its own way, under a condition for instance, starts from there.
+
+    Raises:
+        InputError: the last norm is not the last step, or belongs to earlier layers too.
+    """
+    layers = module.layers
+    if layers.norm is not None:
+        norm, layers.norm = layers.norm, None
+        return norm
+    block = layers.blocks[layers.order[-1]]
+    if module.config.norm not in ("post", "deepnorm") or module.config.sharing != "none":
+        raise InputError(
+            f"take_last_norm: norm={module.config.norm!r} with sharing={module.config.sharing!r} has none of its own "
+            "at the end; use norm='pre' or 'post', and sharing='none'"
+        )
+    last: Any = block.feedforward_norm
+    block.feedforward_norm = nn.Identity()
+    return last

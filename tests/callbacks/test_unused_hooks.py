@@ -90,4 +90,3 @@ def test_every_hook_of_a_batch_is_known() -> None:
     """A version of Lightning with another hook for each batch would have it called for nothing."""
     named = {name for name in vars(pl.Callback) if "batch" in name or "before" in name or "after" in name}
     assert named == set(PER_BATCH)
-

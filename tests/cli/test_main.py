@@ -48,7 +48,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["fitt"], "fitt: no such command; did you mean fit?"),
         (["list", "all"], "list takes no arguments"),
         (["fit", "trainer.max_epoch=3"], "trainer.max_epoch: no such key; did you mean trainer.max_epochs?"),
-        (["fit", "experiment=nothing"], "experiment=nothing: no such experiment; choose from: digits_multitask"),
+        (["fit", "experiment=nothing"], "experiment=nothing: no such experiment; kexue list shows them"),
         (["fit", "resume=gone.ckpt"], "resume=gone.ckpt: no complete checkpoint there"),
         (["fit", "experiment=gplinker_event", "data.root=/nowhere"], "data.root=/nowhere: no such folder"),
         (["fit", "debug=fast", "trainer.accelerator=abacus"], "trainer: "),

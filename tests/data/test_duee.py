@@ -116,7 +116,7 @@ def test_rows_to_predict_on_need_no_events(tmp_path: Path) -> None:
 
 
 def test_texts_beyond_the_length_and_repeated_ids(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=":1: text of 12 characters, at most 11 are trained on; raise max_length"):
+    with pytest.raises(InputError, match=":1: text of 12 characters, at most 11 are read; raise max_length"):
         list(read_events(write(tmp_path / "x.json", ROW), SCHEMA, max_characters=11))
     with pytest.raises(InputError, match=":2: 'r1' stands in line 1 already"):
         list(read_events(write(tmp_path / "x.json", ROW, ROW), SCHEMA))

@@ -4,7 +4,7 @@ from itertools import islice
 
 import pytest
 
-from kexue.data.baselines import TriggerDictionary
+from kexue.data.baselines import ArgumentDictionary, TriggerDictionary
 from kexue.data.generators.event_sentences import SCHEMA, event_sentences
 from kexue.data.records import TRIGGER_ROLE, Argument, Event, EventRecord
 
@@ -60,6 +60,20 @@ def test_trigger_dictionary_predicts_types_by_their_words() -> None:
     assert dictionary.triggers == {"裁员": {"裁员", "大裁员"}}
     assert dictionary.predict(record).events == (Event("裁员", (Argument(TRIGGER_ROLE, "大裁员", 8),)),)
     assert dictionary.predict(EventRecord("c", "无事")) == EventRecord("c", "无事")
+
+
+def test_argument_dictionary_adds_the_longest_known_words() -> None:
+    def layoff(*words: tuple[str, int]) -> Event:
+        return Event("裁员", (Argument(TRIGGER_ROLE, "裁员", 3), *(Argument("机构", *word) for word in words)))
+
+    records = [
+        EventRecord("a", "甲公司裁员", (layoff(("甲公司", 0)),)),
+        EventRecord("b", "乙公司裁员", (layoff(("公司", 1)),)),
+    ]
+    dictionary = ArgumentDictionary.fit(records)
+    assert dictionary.predict(records[0]).events == (layoff(("甲公司", 0)),)
+    assert dictionary.predict(records[1]).events == (layoff(("公司", 1)),)
+    assert dictionary.predict(EventRecord("c", "甲公司无事")).events == ()
 
 
 def test_the_dictionary_falls_short_on_generated_sentences() -> None:

@@ -132,7 +132,7 @@ def test_texts_are_read_and_answers_written(tmp_path: Path) -> None:
 
 
 def test_long_training_rows_are_bad_rows_and_others_stay(root: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"duee_train\.json:\d+: text of \d+ characters, at most 30 are trained on"):
+    with pytest.raises(InputError, match=r"duee_train\.json:\d+: text of \d+ characters, at most 30 are read; raise"):
         EventDataModule(root=root, max_length=32).prepare()
     listing = tmp_path / "run" / "bad_rows.jsonl"
     data = EventDataModule(root=root, max_length=32, on_bad_row="skip", bad_rows_file=str(listing))
@@ -140,6 +140,45 @@ def test_long_training_rows_are_bad_rows_and_others_stay(root: str, tmp_path: Pa
     assert max(len(record.text) for record in data.records("train")) <= 30
     assert len(data.records("train")) + len(listing.read_text(encoding="utf-8").splitlines()) == 40
     assert len(data.records("val")) == 8
+
+
+def test_windows_hold_the_arguments_that_lie_in_them(caplog: pytest.LogCaptureFixture) -> None:
+    data = EventDataModule(7, num_generated=40, max_length=12, stride=9)
+    data.setup("fit")
+    several = 0
+    for batch in data.train_dataloader():
+        several += len(batch["owners"]) > len(batch["records"])
+        assert batch["ids"].shape[1] <= 12
+        seen: list[set[int]] = [set() for _ in batch["records"]]
+        rows = zip(batch["owners"], batch["offsets"], batch["argument_labels"].tolist(), strict=True)
+        for row, (owner, offsets, cells) in enumerate(rows):
+            record, start, end = batch["records"][owner], offsets[1][0], offsets[-2][1]
+            assert batch["mask"][row].sum() == end - start + 2
+            seen[owner] |= set(range(start, end))
+            found = {(*data.labels[label], offsets[a][0], offsets[b][1]) for label, a, b in cells if label >= 0}
+            inside = {(e.type, a.role, a.start, a.end) for e in record.events for a in e.arguments}
+            assert found == {item for item in inside if start <= item[2] and item[3] <= end}
+        assert seen == [set(range(len(record.text))) for record in batch["records"]]
+    assert several
+    cut = [argument for _, arguments in data.cut_by_windows("train") for argument in arguments]
+    assert cut
+    assert all(len(argument.text) > 2 for argument in cut)  # 10 characters, 9 apart
+    assert f"{len(cut)} training arguments cut by windows, the first: " in caplog.text
+
+
+def test_windows_take_long_rows_and_refuse_books(root: str, tmp_path: Path) -> None:
+    data = EventDataModule(root=root, max_length=32, stride=20)
+    data.prepare()
+    assert max(len(record.text) for record in data.records("train")) > 30
+    path = tmp_path / "in.json"
+    rows = [{"id": "x", "text": "长" * 1_000_000}, {"id": "y", "text": "短"}]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(InputError, match=r"in\.json:1: text of 1000000 characters, at most 100000 are read"):
+        data.read_inputs(path)
+    skipping = EventDataModule(root=root, on_bad_row="skip", bad_rows_file=str(tmp_path / "bad.jsonl"))
+    skipping.read_inputs(path)
+    assert [record.id for record in skipping.records("predict")] == ["y"]
+    assert "text of 1000000 characters" in (tmp_path / "bad.jsonl").read_text("utf-8")
 
 
 def test_wrong_places_and_values_are_named(root: str, tmp_path: Path) -> None:
@@ -159,6 +198,8 @@ def test_wrong_places_and_values_are_named(root: str, tmp_path: Path) -> None:
     for wrong in wrong_values:
         with pytest.raises(InputError, match=rf"data\.{next(iter(wrong))}="):
             EventDataModule(**wrong)
+    with pytest.raises(InputError, match=r"data\.stride: windows\(size=8, stride=9\)"):
+        EventDataModule(max_length=10, stride=9)
 
 
 class Walker(pl.LightningModule):

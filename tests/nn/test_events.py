@@ -86,7 +86,7 @@ def test_labels_in_any_order() -> None:
     for case in CASES.values():
         arguments, heads, tails = gold_scores(case)
         assert found_sets(decode_events(arguments[order], heads, tails, labels)) == as_sets(case)
-    with pytest.warns(UserWarning, match="max_nodes"):
+    with pytest.warns(UserWarning, match="more candidate spans of one type"):
         decode_events(arguments[order], heads, tails, labels, max_nodes=1)
 
 
@@ -114,7 +114,7 @@ def test_places_hide_special_tokens_and_backward_spans() -> None:
 def test_the_best_nodes_are_kept_and_it_is_said() -> None:
     arguments, heads, tails = gold_scores([])
     arguments[1] = torch.linspace(1, 2, 144).view(12, 12)
-    with pytest.warns(UserWarning, match="more candidate arguments .* than max_nodes"):
+    with pytest.warns(UserWarning, match="more candidate spans .* than max_nodes=3"):
         events = decode_events(arguments, heads, tails, LABELS, max_nodes=3)
     assert found_sets(events) == {
         ("arrest", frozenset({("who", start, end)})) for start, end in ((10, 10), (10, 11), (11, 11))
@@ -126,7 +126,7 @@ def test_a_noisy_type_leaves_room_for_the_others() -> None:
     arguments, heads, tails = gold_scores(case)
     arguments[1] = torch.linspace(5, 6, 144).view(12, 12)
     arguments[2] = torch.linspace(6, 7, 144).view(12, 12)
-    with pytest.warns(UserWarning, match="max_nodes"):
+    with pytest.warns(UserWarning, match="more candidate spans of one type"):
         events = decode_events(arguments, heads, tails, LABELS, max_nodes=3)
     assert found_sets({"meet": events["meet"]}) == as_sets(case)
     spans = {span for arguments in events["arrest"] for span in arguments}
@@ -139,7 +139,7 @@ def test_the_best_are_kept_of_several_matrices_and_places() -> None:
     arguments[1, 11, 11] = 9
     places = torch.ones(1, 12, dtype=torch.bool)
     places[0, 11] = False
-    with pytest.warns(UserWarning, match="max_nodes"):
+    with pytest.warns(UserWarning, match="more candidate spans of one type"):
         found = decode_event_batch(arguments[None], heads[None], tails[None], LABELS, places, max_nodes=2)
     assert found_sets(found[0]) == {("arrest", frozenset({span})) for span in (("who", 4, 4), ("term", 6, 7))}
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kexue.errors import InputError
-from kexue.nn.heads import EfficientGlobalPointer, FactoredScores, GlobalPointer
+from kexue.nn.heads import EfficientGlobalPointer, FactoredScores, GlobalPointer, ProductScores
 
 KINDS = [GlobalPointer, EfficientGlobalPointer]
 
@@ -114,17 +114,38 @@ def test_starts_lecun_normal_without_bias(kind: type) -> None:
     assert not bias.any()
 
 
-def test_factored_scores_are_the_full_ones() -> None:
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_compact_scores_are_the_full_ones(kind: type, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    mask = torch.arange(6) < torch.tensor([[6], [4]])
-    head = EfficientGlobalPointer(8, 5, head_size=4).double()
-    hidden = torch.randn(2, 6, 8, dtype=torch.float64)
+    monkeypatch.setattr("kexue.nn.heads.scores.MATRICES_AT_ONCE", 3 * 36)
+    mask = torch.arange(6) < torch.tensor([[6], [4]]) if masked else None
+    head = kind(8, 5, head_size=4).double()
+    hidden = torch.randn(2, 6, 8, dtype=torch.float64, requires_grad=True)
     full, parts = head(hidden, mask), head.compact(hidden, mask)
     assert parts.shape == full.shape
-    assert torch.equal(torch.stack(list(parts)), full)
+    torch.testing.assert_close(torch.stack(list(parts)), full)
+    torch.testing.assert_close(parts.rows(slice(1, 2)).dense(), full[1:])
     rows, heads = torch.tensor([0, 1, 1]), torch.tensor([4, 0, 2])
-    assert torch.equal(parts.select(rows, heads), full[rows, heads])
-    torch.testing.assert_close(parts.logsumexp(), full.flatten(2).logsumexp(-1), atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(parts.select(rows, heads), full[rows, heads])
+    found, expected = parts.logsumexp(), full.flatten(2).logsumexp(-1)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    weights, leaves = torch.randn_like(found), [hidden, *head.parameters()]
+    for one, other in zip(
+        torch.autograd.grad((found * weights).sum(), leaves, retain_graph=True),
+        torch.autograd.grad((expected * weights).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+
+
+def test_products_are_not_rounded_by_autocast() -> None:
+    torch.manual_seed(0)
+    scores = ProductScores(torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8), torch.ones(4, 4).bool().triu())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = scores.logsumexp(), scores.dense()
+    assert torch.equal(inside[0], scores.logsumexp())
+    assert torch.equal(inside[1], scores.dense())
 
 
 def test_factored_sum_holds_far_apart_scores() -> None:

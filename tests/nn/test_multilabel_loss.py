@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kexue.errors import InputError
-from kexue.nn.heads import FactoredScores
+from kexue.nn.heads import FactoredScores, ProductScores
 from kexue.nn.losses import LabelSmoothing, dense_multilabel_pointer_loss, multilabel_pointer_loss
 
 
@@ -41,6 +41,20 @@ def test_sparse_equals_dense(dtype: torch.dtype, tolerance: float, scale: float,
     torch.testing.assert_close(sparse, dense, atol=tolerance, rtol=tolerance)
     for found, expected in zip(torch.autograd.grad(sparse, leaves), torch.autograd.grad(dense, leaves), strict=True):
         torch.testing.assert_close(found, expected, atol=10 * tolerance, rtol=10 * tolerance)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_products_give_the_loss_of_the_full_scores(smoothing: float) -> None:
+    torch.manual_seed(0)
+    leaves = [torch.randn(3, 4, 6, 5).double().requires_grad_() for _ in range(2)]
+    scores = ProductScores(*leaves, torch.ones(6, 6).bool().triu())
+    listed, _ = random_labels((3, 4, 6, 6), 5)
+    listed = torch.where(listed[..., 1:2] <= listed[..., 2:], listed, -torch.ones_like(listed))
+    found = multilabel_pointer_loss(scores, listed, smoothing)
+    expected = multilabel_pointer_loss(scores.dense(), listed, smoothing)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    for a, b in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("smoothing", [0.01, 0.1, 0.4])
