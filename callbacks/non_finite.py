@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -33,10 +35,10 @@ class StopOnNonFinite(pl.Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Look at the loss, or note on the device what it is."""
-        finite = torch.isfinite(loss.detach()).all()
-        if not finite.is_cuda:
-            self._check(trainer, finite)
+        if not loss.is_cuda:
+            self._check(trainer, math.isfinite(loss.item()) if loss.numel() == 1 else torch.isfinite(loss).all())
             return
+        finite = torch.isfinite(loss.detach()).all()
         self._finite = finite if self._finite is None else self._finite & finite
         if trainer.global_step - self._looked >= self.every_n_steps:
             self._look(trainer)
@@ -55,7 +57,7 @@ class StopOnNonFinite(pl.Callback):
         if finite is not None:
             self._check(trainer, finite)
 
-    def _check(self, trainer: pl.Trainer, finite: Tensor) -> None:
+    def _check(self, trainer: pl.Trainer, finite: Tensor | bool) -> None:
         if finite:
             return
         rank = f" on rank {trainer.global_rank}" if trainer.world_size > 1 else ""

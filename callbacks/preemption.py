@@ -17,6 +17,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 
 from ..signals import Preempted, StopRequest, installed
 from .checkpoints import Checkpoints
+from .unused_hooks import skip_unused_hooks
 
 log = logging.getLogger("kexue.preemption")
 
@@ -61,7 +62,7 @@ class Preemption(pl.Callback):
 
     def __init__(self) -> None:
         self._group: Any = None
-        self._pending: tuple[Any, torch.Tensor] | None = None
+        self._pending: tuple[Any, torch.Tensor | list[float]] | None = None
         self._stopping = False
         self._equal = True
         self._signals: _Signals | None = None
@@ -71,7 +72,9 @@ class Preemption(pl.Callback):
         known: list[pl.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
         others = [callback for callback in known if callback is not self and not isinstance(callback, _Leave)]
         place = next((i for i, callback in enumerate(others) if isinstance(callback, Checkpoint)), len(others))
-        trainer.callbacks = [_Leave(self), *others[:place], self, *others[place:]]  # pyright: ignore[reportAttributeAccessIssue]
+        leave = _Leave(self)
+        skip_unused_hooks([leave])
+        trainer.callbacks = [leave, *others[:place], self, *others[place:]]  # pyright: ignore[reportAttributeAccessIssue]
         self._signals = trainer._signal_connector = _Signals(trainer)
         self._pending = None
         self._stopping = False
@@ -84,13 +87,14 @@ class Preemption(pl.Callback):
         """Begin to ask all processes; `batches` is a count that should be the same on each."""
         assert self._signals is not None
         asked = self._signals.request.received is not None
-        values = torch.tensor([float(asked), batches, -batches], device="cpu")
-        work = None
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            if self._group is None:
-                self._group = dist.new_group(backend="gloo")
-            work = dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group, async_op=True)
-        self._pending = work, values
+        values = [float(asked), batches, -batches]
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            self._pending = None, values
+            return
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")
+        shared = torch.tensor(values, device="cpu")
+        self._pending = dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._group, async_op=True), shared
 
     def _agreed(self) -> bool:
         """Whether any process was asked to stop before it began to ask; the same answer on each."""
@@ -100,7 +104,7 @@ class Preemption(pl.Callback):
         (work, values), self._pending = self._pending, None
         if work is not None:
             work.wait()
-        asked, most, fewest = values.tolist()
+        asked, most, fewest = values.tolist() if isinstance(values, torch.Tensor) else values
         self._equal = most == -fewest and math.isfinite(most)
         self._stopping = self._stopping or asked > 0
         return self._stopping
