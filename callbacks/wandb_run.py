@@ -74,6 +74,7 @@ class WandbRun(WandbLogger):
         self._sent: deque[tuple[float, int | None, dict[str, Any]]] = deque()
         self._closed = False
         self._reopened = 0
+        self._files: list[Path] = []  # of the processes that have died
         self._config: dict[str, Any] = {}
         self._has_run_config = False
         self._watched: nn.Module | None = None
@@ -214,7 +215,7 @@ class WandbRun(WandbLogger):
     def _reopen(self) -> None:
         """Continue the run in a new process of W&B with the rows that the dead one has not written."""
         assert self._experiment is not None
-        file = Path(self._experiment.settings.sync_file)
+        self._files.append(Path(self._experiment.settings.sync_file))
         _forget_process()
         self._reopened += 1
         if self._reopened > _MAX_REOPENED:
@@ -226,7 +227,8 @@ class WandbRun(WandbLogger):
         if self._config:
             super().log_hyperparams(self._config)
         last = run.summary.get(STEP) if self._wandb_init["mode"] == "online" else None
-        written = {_identity(row.get(STEP), row) for row in history(read_records(file))} if last is None else set()
+        files = self._files if last is None else []  # all of them: the process may die again as it begins
+        written = {_identity(row.get(STEP), row) for file in files for row in history(read_records(file))}
         for _, step, row in list(self._sent):
             missing = _identity(step, row) not in written if last is None else step is None or step > last
             if missing:
