@@ -46,7 +46,7 @@ from kexue.callbacks import (
     Throughput,
     wandb_logger,
 )
-from kexue.callbacks.unused_hooks import skip_unused_hooks
+from kexue.callbacks.light_loop import NoProfiler, skip_unused_hooks
 from kexue.lightning_modules.imaging import DigitsMultitaskModule
 
 Batch = dict[str, Tensor]
@@ -240,6 +240,7 @@ def kexue_default(folder: Path, console: Console) -> dict[str, Any]:
         "callbacks": callbacks,
         "enable_progress_bar": True,
         "enable_checkpointing": True,
+        "profiler": NoProfiler(),
     }
     try:
         from kexue.strategies import SingleDevice

@@ -44,7 +44,9 @@ LONG = {
     "relation_gplinker": ["relation_duie"],
     "relation_lic2020": ["relation_duie", "model=lic2020_relation"],
     "global_pointer": ["global_pointer"],
-    "ner_peer": ["ner_peer"],
+    "extraction_peer_weibo": ["extraction_peer", "--set", "weibo"],
+    "extraction_peer_duie": ["extraction_peer", "--set", "duie"],
+    "ner_daguan": ["ner", "--set", "daguan", "--model", "daguan_ie"],
     "lic2020_event": ["gplinker_duee", "--experiment", "lic2020_event"],
     **{
         f"ner_{name}_{model}": ["ner", "--set", name, "--model", f"ner_{model}"]
@@ -79,7 +81,7 @@ NEED_DATA = (
     "multi_sample_dropout_smoothed",
     "label_smoothing",
 )
-NEED_DATA += tuple(name for name in LONG if name.startswith("ner_"))
+NEED_DATA += tuple(name for name in LONG if name.startswith(("ner_", "extraction_peer_")))
 REMARKS = {
     "gplinker_duee": "Trained from scratch on 892 rows, 70 epochs, seed 42, two threads on two free cores.",
 }

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytorch_lightning as pl
+
+from ..redaction import hide
+
+log = logging.getLogger("kexue.alerts")
 
 
 def alert(trainer: pl.Trainer, title: str, text: str) -> None:
-    """Send a message through every logger that has a way to (W&B: mail or Slack)."""
+    """Send a message through every logger that has a way to (W&B: mail or Slack).
+
+    A logger that fails at it is named in the log: what the message is about must not be hidden by that.
+    """
     if trainer.is_global_zero:
         for logger in trainer.loggers:
             send = getattr(logger, "alert", None)
             if callable(send):
-                send(title=title, text=text, level="ERROR")
+                try:
+                    send(title=title, text=text, level="ERROR")
+                except Exception as error:
+                    log.warning("%s could not send the alert: %s", type(logger).__name__, hide(str(error)))
 
 
 class Alerts(pl.Callback):

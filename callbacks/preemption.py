@@ -17,7 +17,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 
 from ..signals import Preempted, StopRequest, installed
 from .checkpoints import Checkpoints
-from .unused_hooks import skip_unused_hooks
+from .light_loop import skip_unused_hooks
 
 log = logging.getLogger("kexue.preemption")
 

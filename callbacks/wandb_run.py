@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from argparse import Namespace
@@ -89,6 +90,8 @@ class WandbRun(WandbLogger):
         import wandb
         from wandb.errors import AuthenticationError, CommError
 
+        if self._experiment is None:
+            _leave_inherited_process()
         if self._experiment is None and self._wandb_init["mode"] == "online":
             wandb.setup(wandb.Settings(silent=True))  # else it says where it found the key
             try:
@@ -298,6 +301,16 @@ def _forget_process() -> None:
     with contextlib.suppress(Exception, SystemExit):
         wandb.teardown()
     wandb.run = None  # else Lightning takes the dead run for one in progress
+
+
+def _leave_inherited_process() -> None:
+    """Do not share the process of W&B that a parent process has started and named in the environment.
+
+    It may still hold a run of the same id, of a child that was killed, and would be ended with ours.
+    """
+    parts = os.environ.get("WANDB_SERVICE", "").split("-")  # version-pid-...
+    if len(parts) > 1 and parts[1] != str(os.getpid()):
+        del os.environ["WANDB_SERVICE"]
 
 
 def _is_lost(error: Exception) -> bool:

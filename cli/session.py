@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ..callbacks.provenance import data_state, git_state, versions
-from ..callbacks.unused_hooks import skip_unused_hooks
+from ..callbacks.light_loop import lighten
 from ..callbacks.wandb_run import WandbRun
 from ..data.base import KexueDataModule
 from ..errors import InputError
@@ -150,7 +150,7 @@ def make_trainer(
         raise
     except (ValueError, MisconfigurationException) as error:
         raise InputError(f"trainer: {one_line(error)}") from error
-    skip_unused_hooks(trainer.callbacks)  # type: ignore[attr-defined]
+    lighten(trainer)
     return trainer
 
 

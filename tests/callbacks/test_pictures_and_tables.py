@@ -175,6 +175,17 @@ def test_an_alert_says_why_a_run_fails(tmp_path: Path) -> None:
     assert told.alerts[0].startswith("ERROR the run failed: InputError: the loss is not finite at step 2")
 
 
+def test_an_alert_that_cannot_be_sent_hides_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Mute(Told):
+        def alert(self, title: str, text: str, level: str) -> None:
+            raise ConnectionError("no way out")
+
+    trainer = trainer_of(tmp_path, Alerts(), StopOnNonFinite(), logger=Mute(tmp_path))
+    with pytest.raises(InputError, match="not finite at step 2"):
+        trainer.fit(Parity(), loader([1.0, 1.0, float("nan"), 1.0], 1))
+    assert "Mute could not send the alert: no way out" in caplog.text
+
+
 def test_where_a_run_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
         monkeypatch.delenv(name, raising=False)

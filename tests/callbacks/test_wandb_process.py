@@ -87,6 +87,27 @@ print("steps", step, flush=True)
 
 
 @pytest.mark.slow
+def test_a_killed_run_goes_on_though_the_writer_of_its_parent_lives(tmp_path: Path) -> None:
+    """A child that shared its parent's writer would leave its id there, in use, when it is killed."""
+    code = "from kexue.callbacks import wandb_logger; import sys; logger = wandb_logger(sys.argv[1])\n"
+    code += "print(logger.experiment.id, flush=True); logger.log_metrics({'a': 1.0}, int(sys.argv[2]))\n"
+    killed = code + "import os, time; logger.log_metrics({'a': 1.0}, 1); time.sleep(2); os.kill(os.getpid(), 9)"
+    parent = wandb_logger(tmp_path / "parent")
+    parent.log_metrics({"b": 1.0}, 0)
+    assert parent.experiment.id
+    assert "WANDB_SERVICE" in os.environ
+    finished = code + "logger.finalize('finished')"
+    for script, first, exit_code in ((killed, 0, -9), (finished, 2, 0)):
+        command = [sys.executable, "-c", script, str(tmp_path / "child"), str(first)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == exit_code, done.stderr
+    assert [row[STEP] for row in rows(tmp_path / "child")] == [0, 2]
+    assert parent.is_open
+    parent.finalize("finished")
+    assert [row[STEP] for row in rows(tmp_path / "parent")] == [0]
+
+
+@pytest.mark.slow
 def test_sigterm_to_the_whole_job_and_a_requeue(tmp_path: Path) -> None:
     """As SLURM does it: every process of the step gets the signal, W&B's own among them; twice in a row."""
     ids, step = [], 0

@@ -1,9 +1,10 @@
-"""Our heads for named entities beside bert4torch's, on the same small encoder, data, steps and seeds.
+"""Our heads beside bert4torch's, for named entities and relations, on the same small encoder, data, steps and seeds.
 
-Theirs: its CRF over BIO tags without rules, its GlobalPointer with its sparse loss. All else is the experiment's.
+Theirs: its CRF over BIO tags without rules; its pointers with its sparse loss, one of spans or the three of GPLinker.
+All else is the experiment's: `relation_extraction_duie` for duie, `ner_SET` for the others.
 
     pip install --no-deps bert4torch==0.5.3 torch4keras==0.2.8 six     # newer ones need torchvision
-    KEXUE_DATA=FOLDER python benchmarks/ner_peer.py --set weibo [--seeds 42 43] [--json FILE] [KEY=VALUE ...]
+    KEXUE_DATA=FOLDER python benchmarks/extraction_peer.py --set weibo [--seeds 42 43] [--json FILE] [KEY=VALUE ...]
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from kexue.cli import session
 from kexue.cli.config import compose_run, plain
 from kexue.cli.targets import build
-from kexue.lightning_modules.extraction import NerCRF, NerGlobalPointer
+from kexue.lightning_modules.extraction import NerCRF, NerGlobalPointer, RelationGPLinker
 from kexue.strategies import SingleDevice
 
 
@@ -50,39 +51,52 @@ class TheirCRF(NerCRF):
         return TheirTagHead(self.config.dim, self.scheme.num_tags)
 
 
+def their_pointer(kind: str, *arguments: Any, **options: Any) -> nn.Module:
+    """One of its pointers, asked as ours is."""
+    return Asked({"efficient": EfficientGlobalPointer, "standard": GlobalPointer}[kind](*arguments, **options))
+
+
+class Asked(nn.Module):
+    """Their pointer under the names that ours has."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def compact(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Scores `(B, H, T, T)`."""
+        return self.inner(features, None if mask is None else mask.long())
+
+
+def their_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """Its sparse multi-label loss; labels `(B, K, 3)`: head, first and last token, -1 where there is none."""
+    rows, heads, length, _ = scores.shape
+    cells = torch.zeros(rows, heads, labels.shape[1], dtype=torch.long, device=labels.device)
+    row, place = (labels[..., 0] >= 0).nonzero(as_tuple=True)
+    kind, first, last = labels[row, place].T
+    cells[row, kind, place] = first * length + last
+    return SparseMultilabelCategoricalCrossentropy(mask_zero=True)(scores.flatten(2), cells).sum(1).mean()
+
+
 class TheirPointer(NerGlobalPointer):
     def make_head(self) -> Any:
-        kind = EfficientGlobalPointer if self.head_kind == "efficient" else GlobalPointer
-        return kind(self.config.dim, len(self.types), self.head_size)
+        return their_pointer(self.head_kind, self.config.dim, len(self.types), self.head_size)
 
     def losses(self, features: Tensor, batch: dict[str, Any], training: bool) -> dict[str, Tensor]:
-        scores = self.head(features, batch["mask"].long())
-        rows, heads, length, _ = scores.shape
-        labels = batch["span_labels"]
-        cells = torch.zeros(rows, heads, labels.shape[1], dtype=torch.long, device=labels.device)
-        row, place = (labels[..., 0] >= 0).nonzero(as_tuple=True)
-        kind, first, last = labels[row, place].T
-        cells[row, kind, place] = first * length + last
-        loss = SparseMultilabelCategoricalCrossentropy(mask_zero=True)(scores.flatten(2), cells)
-        return {"spans": loss.sum(1).mean()}
-
-    def find(self, features: Tensor, batch: dict[str, Any]) -> Any:
-        head, self.head = self.head, _Compact(self.head)
-        try:
-            return super().find(features, batch)
-        finally:
-            self.head = head
+        return {"spans": their_loss(self.head.compact(features, batch["mask"]), batch["span_labels"])}
 
 
-class _Compact(nn.Module):
-    """Their pointer under the name that ours has."""
+class TheirGPLinker(RelationGPLinker):
+    def make_head(self) -> Any:
+        pointers = super().make_head()
+        sizes = {name: pointer.num_heads for name, pointer in pointers.items()}
+        for name, heads in sizes.items():
+            links = {} if name == "entities" else {"use_rope": False, "tril_mask": False}
+            pointers[name] = their_pointer(self.head_kind, self.config.dim, heads, self.head_size, **links)
+        return pointers
 
-    def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        self.inner = head
-
-    def compact(self, features: Tensor, mask: Tensor) -> Tensor:
-        return self.inner(features, mask.long())
+    def task_losses(self, features: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
+        return self._losses(self.head(features, batch["mask"]), batch, their_loss)  # type: ignore[arg-type]
 
 
 SYSTEMS: dict[str, tuple[str, type[pl.LightningModule], dict[str, Any]]] = {
@@ -90,13 +104,16 @@ SYSTEMS: dict[str, tuple[str, type[pl.LightningModule], dict[str, Any]]] = {
     "bert4torch CRF": ("ner_crf", TheirCRF, {"scheme": "BIO", "constrained": False}),
     "ner_global_pointer": ("ner_global_pointer", NerGlobalPointer, {}),
     "bert4torch GlobalPointer": ("ner_global_pointer", TheirPointer, {}),
+    "gplinker_relation": ("gplinker_relation", RelationGPLinker, {}),
+    "bert4torch GPLinker": ("gplinker_relation", TheirGPLinker, {}),
 }
 
 
 def train(system: str, dataset: str, seed: int, overrides: list[str]) -> tuple[float, float]:
     """F1 on the dev rows after the last epoch, and the minutes."""
     name, kind, options = SYSTEMS[system]
-    words = [f"experiment=ner_{dataset}", f"model={name}", f"seed={seed}", "trainer.enable_progress_bar=false"]
+    experiment = "relation_extraction_duie" if dataset == "duie" else f"ner_{dataset}"
+    words = [f"experiment={experiment}", f"model={name}", f"seed={seed}", "trainer.enable_progress_bar=false"]
     with tempfile.TemporaryDirectory() as folder:
         config = plain(compose_run([*words, *overrides]), folder)
         pl.seed_everything(seed, verbose=False)
@@ -114,15 +131,18 @@ def train(system: str, dataset: str, seed: int, overrides: list[str]) -> tuple[f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--set", choices=["cluener", "resume", "weibo"], default="weibo")
+    parser.add_argument("--set", choices=["cluener", "resume", "weibo", "duie"], default="weibo")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
+    parser.add_argument("--only", default="", help="models whose name contains this, ours and theirs")
     parser.add_argument("--json")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
     if "KEXUE_DATA" not in os.environ:
         parser.error("set KEXUE_DATA to the folder of the data sets")
     rows = []
-    for system in SYSTEMS:
+    for system, (name, _, _) in SYSTEMS.items():
+        if (name == "gplinker_relation") != (options.set == "duie") or options.only not in name:
+            continue
         found = []
         for seed in options.seeds:
             found.append(train(system, options.set, seed, options.overrides))
@@ -131,7 +151,7 @@ def main() -> None:
         rows.append(
             {"system": system, "dev F1": f1, "spread": spread, "minutes": sum(part for _, part in found) / len(found)}
         )
-    report(f"named entities of {options.set}, our heads beside bert4torch's", rows, options.json)
+    report(f"{options.set}: our heads beside bert4torch's", rows, options.json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Hooks that a callback only inherits are not called at every step; all others are."""
+"""Hooks that a callback only inherits are not called at every step, and no profiler is made for nobody."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from kexue.callbacks.unused_hooks import PER_BATCH, skip_unused_hooks
+from kexue.callbacks.light_loop import PER_BATCH, NoProfiler, lighten, skip_unused_hooks
 
 
 class Counts(pl.Callback):
@@ -90,3 +90,21 @@ def test_every_hook_of_a_batch_is_known() -> None:
     """A version of Lightning with another hook for each batch would have it called for nothing."""
     named = {name for name in vars(pl.Callback) if "batch" in name or "before" in name or "after" in name}
     assert named == set(PER_BATCH)
+
+
+def test_no_profiler_unless_asked_for() -> None:
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(max_steps=2, enable_model_summary=False, callbacks=[Counts()], **options)
+    lighten(trainer)
+    assert isinstance(trainer.profiler, NoProfiler)
+    trainer.fit(Module(), DataLoader(torch.ones(3, 2), batch_size=1))  # type: ignore[arg-type]
+    assert trainer.global_step == 2
+    assert trainer.callbacks[0].on_before_backward is None
+    asked = pl.Trainer(max_steps=2, enable_model_summary=False, profiler="simple", **options)
+    lighten(asked)
+    asked.fit(Module(), DataLoader(torch.ones(3, 2), batch_size=1))  # type: ignore[arg-type]
+    assert "run_training_batch" in asked.profiler.recorded_durations
+    with asked.profiler.profile("a"), asked.profiler.profile("b"):
+        pass
+    with pytest.raises(ValueError, match="inside"), NoProfiler().profile("a"):
+        raise ValueError("inside")
