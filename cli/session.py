@@ -11,8 +11,8 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
-from ..callbacks.provenance import data_state, git_state, versions
 from ..callbacks.light_loop import lighten
+from ..callbacks.provenance import data_state, git_state, versions
 from ..callbacks.wandb_run import WandbRun
 from ..data.base import KexueDataModule
 from ..errors import InputError
