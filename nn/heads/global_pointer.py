@@ -43,15 +43,10 @@ class _Pointer(nn.Module):
 
     def match(self, query: Tensor, key: Tensor) -> Tensor:
         """Scaled inner products `(..., T, T)` of `(..., T, d)`, rotated by position where wanted."""
-        query, key = self.turn(query, key)
-        return query @ key.transpose(-1, -2)
-
-    def turn(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries, scaled, and keys `(..., T, d)`, rotated by position where wanted."""
         if self.rope:
             angles = position_angles(query.shape[-2], self.head_size, query.device)
             query, key = rotate(query, angles), rotate(key, angles)
-        return query / math.sqrt(self.head_size), key
+        return query / math.sqrt(self.head_size) @ key.transpose(-1, -2)
 
     def visible(self, length: int, mask: Tensor | None, device: torch.device) -> Tensor:
         """Which cells are spans, `(T, T)` or `(B, T, T)`: no padding, and none below the diagonal if triangular."""
@@ -91,9 +86,10 @@ class GlobalPointer(_Pointer):
 
     def compact(self, hidden: Tensor, mask: Tensor | None = None) -> ProductScores:
         """The same scores as queries and keys, `2 H T d` numbers a sentence in place of `H T^2`."""
-        pairs = self.projection(hidden).unflatten(-1, (self.num_heads, 2, self.head_size))
-        query, key = pairs.permute(3, 0, 2, 1, 4)
-        return ProductScores(*self.turn(query, key), self.visible(hidden.shape[-2], mask, hidden.device))
+        length, device = hidden.shape[-2], hidden.device
+        pairs = self.projection(hidden).unflatten(-1, (self.num_heads, 2, self.head_size)).permute(0, 2, 3, 1, 4)
+        angles = position_angles(length, self.head_size, device) if self.rope else None
+        return ProductScores(pairs, self.visible(length, mask, device), angles, 1 / math.sqrt(self.head_size))
 
 
 class EfficientGlobalPointer(_Pointer):

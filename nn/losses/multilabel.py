@@ -47,7 +47,7 @@ def multilabel_pointer_loss(scores: Tensor | CompactScores, labels: Tensor, smoo
     if isinstance(scores, Tensor):
         everywhere, chosen_scores = scores.flatten(2).logsumexp(-1), scores[rows, chosen]
     else:
-        everywhere, chosen_scores = scores.logsumexp(), scores.select(rows, chosen)
+        everywhere, chosen_scores = scores.logsumexp_and_select(rows, chosen)
 
     chosen_scores = chosen_scores.flatten(1)
     own = chosen_scores[matrix, cell]

@@ -139,9 +139,32 @@ def test_compact_scores_are_the_full_ones(kind: type, masked: bool, monkeypatch:
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("rope", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_and_matrices_in_one_pass(kind: type, rope: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one after the other, gradients too, with a matrix chosen twice and with none."""
+    torch.manual_seed(0)
+    monkeypatch.setattr("kexue.nn.heads.scores.MATRICES_AT_ONCE", 2 * 36)
+    mask = torch.arange(6) < torch.tensor([[6], [4]])
+    head = kind(8, 5, head_size=4, rope=rope, triangular=rope).double()
+    hidden = torch.randn(2, 6, 8, dtype=torch.float64, requires_grad=True)
+    leaves = [hidden, *head.parameters()]
+    for rows, heads in (([0, 1, 1, 0], [4, 0, 2, 4]), ([], [])):
+        places = torch.tensor(rows, dtype=torch.long), torch.tensor(heads, dtype=torch.long)
+        sums, chosen = head.compact(hidden, mask).logsumexp_and_select(*places)
+        full = head(hidden, mask)
+        expected = full.flatten(2).logsumexp(-1), full[places]
+        torch.testing.assert_close((sums, chosen), expected, atol=1e-12, rtol=1e-12)
+        seen = (expected[1] > -1e9).double()
+        weights, shares = torch.randn_like(sums), torch.randn_like(chosen)
+        found = torch.autograd.grad((sums * weights).sum() + (chosen * seen * shares).sum(), leaves)
+        wanted = (expected[0] * weights).sum() + (expected[1] * seen * shares).sum()
+        torch.testing.assert_close(found, torch.autograd.grad(wanted, leaves), atol=1e-11, rtol=1e-11)
+
+
 def test_products_are_not_rounded_by_autocast() -> None:
     torch.manual_seed(0)
-    scores = ProductScores(torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8), torch.ones(4, 4).bool().triu())
+    scores = ProductScores(torch.randn(1, 2, 2, 4, 8), torch.ones(4, 4).bool().triu())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = scores.logsumexp(), scores.dense()
     assert torch.equal(inside[0], scores.logsumexp())

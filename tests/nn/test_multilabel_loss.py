@@ -47,7 +47,7 @@ def test_sparse_equals_dense(dtype: torch.dtype, tolerance: float, scale: float,
 def test_products_give_the_loss_of_the_full_scores(smoothing: float) -> None:
     torch.manual_seed(0)
     leaves = [torch.randn(3, 4, 6, 5).double().requires_grad_() for _ in range(2)]
-    scores = ProductScores(*leaves, torch.ones(6, 6).bool().triu())
+    scores = ProductScores(torch.stack(leaves, 2), torch.ones(6, 6).bool().triu())
     listed, _ = random_labels((3, 4, 6, 6), 5)
     listed = torch.where(listed[..., 1:2] <= listed[..., 2:], listed, -torch.ones_like(listed))
     found = multilabel_pointer_loss(scores, listed, smoothing)
