@@ -148,14 +148,8 @@ def main() -> None:
             found.append(train(system, options.set, seed, options.overrides))
             print(f"{system}, seed {seed}: F1 {found[-1][0]:.4f} in {found[-1][1]:.1f} minutes", flush=True)
         f1, spread = median_and_spread([score for score, _ in found])
-        rows.append(
-            {
-                "system": system,
-                "dev F1": f1,
-                "spread": spread,
-                "processor minutes": sum(part for _, part in found) / len(found),
-            }
-        )
+        minutes = sum(part for _, part in found) / len(found)
+        rows.append({"system": system, "dev F1": f1, "spread": spread, "processor minutes": minutes})
     report(f"{options.set}: our heads beside bert4torch's", rows, options.json)
 
 
