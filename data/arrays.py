@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from ..errors import InputError
-from .rows import explain_write_errors, require_file
+from .files import explain_write_errors, require_file
 
 log = logging.getLogger(__name__)
 

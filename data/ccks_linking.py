@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from .dictionary import MAX_NAME_LENGTH
+from .files import write_rows
 from .records import NIL, Entity, Link, LinkRecord
-from .rows import OnBadRow, RowError, object_of, read_rows, value_of, write_rows
+from .rows import OnBadRow, RowError, object_of, read_rows, value_of
 
 TypeOf = Callable[[str], str | None]
 """From the id of an entity to its first type; raises `KeyError` for an id that the knowledge base does not have."""

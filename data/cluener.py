@@ -8,8 +8,9 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .files import write_rows
 from .records import Span, SpanRecord
-from .rows import OnBadRow, RowError, object_of, read_rows, value_of, write_rows
+from .rows import OnBadRow, RowError, object_of, read_rows, value_of
 
 
 def read_cluener(

@@ -10,8 +10,9 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from .cluener import check_length, check_type
+from .files import write_lines
 from .records import Span, SpanRecord, without_overlaps
-from .rows import OnBadRow, RowError, read_lines, write_lines
+from .rows import OnBadRow, RowError, read_lines
 from .tokenizers.numbers import SEPARATOR
 
 OUTSIDE = "o"

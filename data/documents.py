@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import InputError
-from .rows import BadRows, OnBadRow, RowError, not_utf8, require_file
+from .files import not_utf8, require_file
+from .rows import BadRows, OnBadRow, RowError
 
 T = TypeVar("T")
 Item = tuple[str, Any]

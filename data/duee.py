@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .files import write_rows
 from .records import TRIGGER_ROLE, Argument, Event, EventRecord
-from .rows import OnBadRow, RowError, object_of, read_rows, value_of, write_rows
+from .rows import OnBadRow, RowError, object_of, read_rows, value_of
 
 Schema = Mapping[str, Sequence[str]]
 """Event type -> its roles, without the trigger; both in the order of the schema file."""

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..errors import InputError
+from .files import write_rows
 from .records import VALUE_SLOT, Argument, Mention, Relation, RelationRecord
-from .rows import OnBadRow, RowError, object_of, read_rows, value_of, write_rows
+from .rows import OnBadRow, RowError, object_of, read_rows, value_of
 from .targets import places_of
 
 Occurrences = Literal["first", "nearest", "all"]

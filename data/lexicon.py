@@ -14,9 +14,9 @@ import numpy as np
 
 from ..errors import InputError
 from .dictionary import lower_case, max_match
+from .files import read_text
 from .knowledge import KnowledgeBase, lookup_form
 from .records import NIL, LinkRecord
-from .rows import read_text
 
 TEXTS_AT_ONCE = 1000
 

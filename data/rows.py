@@ -1,17 +1,16 @@
 """Files of JSON or other lines, or of tagged tokens: a wrong row is named by file and line, none is lost silently."""
 
-import difflib
 import gzip
 import json
 import logging
-import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
 
 from ..errors import InputError
+from .files import explain_write_errors, not_utf8, require_file
 
 log = logging.getLogger(__name__)
 
@@ -204,41 +203,6 @@ def object_of(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def write_rows(rows: Iterable[dict[str, Any]], path: str | Path) -> int:
-    """Write one JSON object a line, whole or not at all; see `write_lines`."""
-    return write_lines((json.dumps(row, ensure_ascii=False) for row in rows), path)
-
-
-def write_lines(lines: Iterable[str], path: str | Path) -> int:
-    """Write lines, whole or not at all: beside the file first, then moved into its place.
-
-    Returns:
-        The number of lines written.
-
-    Raises:
-        InputError: the place cannot be written to.
-    """
-    path = Path(path).resolve()
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path}: is not a file that can be replaced; give the name of a file to write")
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    num_lines = 0
-    try:
-        with explain_write_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with beside.open("w", encoding="utf-8", newline="\n") as file:
-                for line in lines:
-                    file.write(line + "\n")
-                    num_lines += 1
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-    finally:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
-    return num_lines
-
-
 def list_bad_rows(listing: str | Path, file: str | Path | None) -> None:
     """Say of rows that were skipped when something was made of a file, and add them, each once, to another list.
 
@@ -256,43 +220,6 @@ def list_bad_rows(listing: str | Path, file: str | Path | None) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a", encoding="utf-8") as target:
             target.writelines(f"{entry}\n" for entry in entries if entry not in known)
-
-
-def read_text(path: str | Path) -> str:
-    """Read a small text file whole (UTF-8, byte-order mark dropped, newlines kept as they are).
-
-    Raises:
-        InputError: no such file, or bytes that are not UTF-8.
-    """
-    path = require_file(path)
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}:{line}: {not_utf8(error)}") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def require_file(path: str | Path) -> Path:
-    """Return the path of an existing file, or say what is there instead.
-
-    Raises:
-        InputError: a folder, or nothing (then with the names next to it that look alike).
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path}: is a directory; give a file in it, for example {_some_names(path)}")
-    if path.exists():
-        return path
-    missing = path
-    while not missing.parent.is_dir() and missing.parent != missing:
-        missing = missing.parent
-    names = sorted(entry.name for entry in missing.parent.iterdir()) if os.access(missing.parent, os.R_OK) else []
-    alike = difflib.get_close_matches(missing.name, names, n=3, cutoff=0.5)
-    what = "no such file" if missing == path else f"there is no {missing}"
-    hint = f"did you mean {' or '.join(alike)}?" if alike else f"{missing.parent} holds {_some_names(missing.parent)}"
-    raise InputError(f"{path}: {what}; {hint}")
 
 
 class BadRows:
@@ -415,29 +342,3 @@ def _object(raw: bytes) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RowError(f"a JSON {type(content).__name__} and not an object; write one JSON object a line")
     return content
-
-
-def not_utf8(error: UnicodeDecodeError) -> str:
-    """Say where bytes are not UTF-8."""
-    byte = error.object[error.start]
-    column = error.start - (error.object.rfind(b"\n", 0, error.start) + 1)
-    return f"not UTF-8 (byte 0x{byte:02x} at byte {column + 1} of the line); save the file as UTF-8"
-
-
-def _some_names(folder: Path, limit: int = 5) -> str:
-    try:
-        names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-    except OSError:
-        return "nothing that can be listed"
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "") or "nothing"
-
-
-@contextmanager
-def explain_write_errors(path: Path) -> Iterator[None]:
-    """Turn an operating-system error inside the block into a line that names the path."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror}); choose another place or make room there"
-        ) from error

@@ -11,8 +11,9 @@ import torch
 
 from ..errors import InputError
 from .base import HostList, KexueDataModule, Split, file_below, generated_rows
+from .files import read_text
 from .packing import even_fit
-from .rows import OnBadRow, read_text
+from .rows import OnBadRow
 from .tokenizers import CharTokenizer
 from .tokenizers.numbers import NumberTokenizer
 from .windows import windows_over

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ..errors import InputError
+from .files import read_text
 from .records import Span, SpanRecord
-from .rows import read_text
 
 DICTIONARY_FILE = "dictionary.json"
 PARTS = "BIES"

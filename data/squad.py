@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from .documents import Item, read_items
+from .files import write_lines
 from .records import Answer, ReadingRecord
-from .rows import OnBadRow, RowError, object_of, value_of, write_lines
+from .rows import OnBadRow, RowError, object_of, value_of
 
 
 def read_squad(

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 from .cluener import check_length, check_type
+from .files import write_lines
 from .records import Span, SpanRecord, without_overlaps
-from .rows import OnBadRow, RowError, read_blocks, write_lines
+from .rows import OnBadRow, RowError, read_blocks
 
 log = logging.getLogger(__name__)
 

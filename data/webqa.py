@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from .documents import Item, Repetitive, read_items
+from .files import write_lines
 from .records import Answer, ReadingRecord
-from .rows import OnBadRow, RowError, object_of, value_of, write_lines
+from .rows import OnBadRow, RowError, object_of, value_of
 from .squad import answer_text, places_of, string_of
 
 NO_ANSWER = "no_answer"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from ...errors import InputError
-from ..rows import read_text
+from ..files import read_text
 from .files import TOKENIZER_FILE, VOCAB_FILE, read_vocabulary
 from .interface import Encoded
 from .vocabulary import SPECIAL_TOKENS, VocabularyTokenizer, hash_of

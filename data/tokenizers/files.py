@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
-from ..rows import read_text
+from ..files import read_text
 
 VOCAB_FILE = "vocab.txt"
 BPE_VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"

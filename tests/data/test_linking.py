@@ -13,7 +13,8 @@ from kexue.data.ccks_linking import entity_row, link_row
 from kexue.data.generators.linked_sentences import linked_entities, linked_sentences
 from kexue.data.knowledge import KnowledgeBase
 from kexue.data.lexicon import MentionLexicon
-from kexue.data.linking import LinkCollator, LinkDataModule, entry_of, match_features
+from kexue.data.link_batches import LinkCollator, entry_of, match_features
+from kexue.data.linking import LinkDataModule
 from kexue.data.records import NIL, Entity, Link, LinkRecord
 from kexue.data.segmentation import segmenter, word_of_each_character
 from kexue.data.tokenizers import CharTokenizer

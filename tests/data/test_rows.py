@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from kexue.data import rows
-from kexue.data.rows import RowError, read_rows, read_text, write_rows
+from kexue.data.files import read_text, write_rows
+from kexue.data.rows import RowError, read_rows
 from kexue.errors import InputError
 
 GOOD = b'{"id": "a"}\n'
