@@ -7,6 +7,8 @@ A subcommand is a module of this package with a docstring (its help; the first l
 from __future__ import annotations
 
 import importlib
+import os
+import select
 import sys
 import traceback
 from types import ModuleType
@@ -22,7 +24,7 @@ COMMANDS = (
     *("fit", "test", "predict", "export", "submit", "sweep", "status", "logs", "cancel", "dashboard"),
     *("list", "plan", "study"),
 )
-DONE, BUG, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, BUG, WRONG_INPUT, INTERRUPTED, NOBODY_READS = 0, 1, 2, 130, 141
 _MODULES = {"logs": "job_logs"}  # `logs` is about the log of a run, for all commands
 
 
@@ -34,10 +36,13 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         0 done, 2 the input is wrong (one line on stderr says what to type), 1 a bug (traceback) or another process of
-        the run died (one line names it), 75 asked to stop by a signal and saved, 130 interrupted.
+        the run died (one line names it), 75 asked to stop by a signal and saved, 130 interrupted, 141 whoever read the
+        output has left, as `head` does.
     """
     try:
-        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return INTERRUPTED
     except Preempted:
@@ -53,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"kexue: {hide('; '.join([str(died), *getattr(died, '__notes__', [])]))}", file=sys.stderr)
         return BUG
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            return NOBODY_READS
         line = explain(error)
         if line is None:
             print(hide(traceback.format_exc()), end="", file=sys.stderr)
@@ -81,6 +88,16 @@ def _dispatch(args: list[str]) -> int:
         print((module.__doc__ or "").strip())
         return DONE
     return module.run(args)
+
+
+def _reader_has_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads any more; what is still to be written goes nowhere then."""
+    poll = select.poll()
+    poll.register(1, 0)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return gone
 
 
 def _load(command: str) -> ModuleType:

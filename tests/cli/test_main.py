@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +42,13 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     for command in cli.COMMANDS:
         assert cli.main([command, "--help"]) == 0
         assert f"usage: kexue {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", ["--help", "list"])
+def test_a_reader_that_leaves_is_no_bug(words: str) -> None:
+    command = f"{sys.executable} -m kexue.cli {words} | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", f"sleep 0.2; {command}"], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("141\n", "")
 
 
 @pytest.mark.parametrize(

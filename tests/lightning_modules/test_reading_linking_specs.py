@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from kexue.data.daguan import read_daguan, write_daguan
 from kexue.data.daguan_2019 import DaguanCorpusDataModule, DaguanDataModule
 from kexue.data.knowledge import KnowledgeBase
-from kexue.data.linking import LinkDataModule, entry_of, match_features
+from kexue.data.link_batches import entry_of, match_features
+from kexue.data.linking import LinkDataModule
 from kexue.data.passage_rows import PassageBatches
 from kexue.data.reading import ReadingDataModule
 from kexue.data.reading_windows import WindowBatches

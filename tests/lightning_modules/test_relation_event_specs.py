@@ -1,26 +1,20 @@
 """What the specifications of GPLinker's relations and of LIC 2020's two tasks ask for and other tests do not say."""
 
-import functools
 import itertools
 import math
 import operator
-import os
 import random
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from event_taggers import OUTPUTS, built
 from event_taggers import data as event_data
-from event_taggers import model as tagger
 from event_taggers import triples as arguments_of
-from ner_models import trainer
 from torch import Tensor, nn
 from torchcrf import CRF
 
-from kexue.data.events import EventDataModule
 from kexue.data.records import TRIGGER_ROLE, VALUE_SLOT, Argument, Event, EventRecord, Mention, Relation, RelationRecord
 from kexue.data.relations import RelationDataModule
 from kexue.lightning_modules.extraction import Lic2020Event, Lic2020Relation, RelationGPLinker
