@@ -24,12 +24,16 @@ PARTS: tuple[Split, ...] = ("train", "val", "test")
 class Batches(Protocol):
     """How a model wants questions and passages; `WindowBatches` and `PassageBatches` are such."""
 
-    def collator(self, tokenizer: Tokenizer) -> Callable[[list[Any]], dict[str, Any]]:
+    def collator(self, tokenizer: Tokenizer, training: bool = False) -> Callable[[list[Any]], dict[str, Any]]:
         """The function from records to a batch."""
         ...
 
     def model_arguments(self) -> dict[str, Any]:
         """Plain data for the model's constructor."""
+        ...
+
+    def source_files(self) -> list[Path]:
+        """Files that it reads."""
         ...
 
 
@@ -128,6 +132,10 @@ class ReadingDataModule(KexueDataModule):
         """The function from records to a batch."""
         return self.batches.collator(self.get_tokenizer())
 
+    def training_collator(self) -> Callable[[list[Any]], dict[str, Any]]:
+        """The same, which may draw what it shows of a question."""
+        return self.batches.collator(self.get_tokenizer(), training=True)
+
     def prepare(self) -> None:
         """Read the tokenizer or build it from questions and passages of the training data."""
         if self.tokenizer is not None:
@@ -160,9 +168,9 @@ class ReadingDataModule(KexueDataModule):
         return self._dev_part(part) if self.dev_parts else list(self._read((self.dev_file, self.test_file)[part - 1]))
 
     def source_files(self) -> list[Path]:
-        """The files of the splits."""
+        """The files of the splits, and those that the batches need."""
         names = dict.fromkeys([*self.train_files, self.dev_file, self.test_file])
-        return [] if self.root is None else [self.root / name for name in names]
+        return [*([] if self.root is None else [self.root / name for name in names]), *self.batches.source_files()]
 
     def length(self, record: ReadingRecord) -> int:
         """Characters of the passages."""

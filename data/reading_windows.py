@@ -9,6 +9,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ class WindowBatches:
         if self.stride is not None:
             check_windows(self.max_length - 3 - self.max_question, self.stride, "data.batches")
 
-    def collator(self, tokenizer: Tokenizer) -> "WindowCollator":
+    def collator(self, tokenizer: Tokenizer, training: bool = False) -> "WindowCollator":
         """The function from records to a batch.
 
         Raises:
@@ -76,6 +77,10 @@ class WindowBatches:
     def model_arguments(self) -> dict[str, Any]:
         """`num_segments` and `max_length`."""
         return {"num_segments": SHARED + self.mark_shared, "max_length": self.max_length}
+
+    def source_files(self) -> list[Path]:
+        """None."""
+        return []
 
 
 @dataclass(frozen=True)

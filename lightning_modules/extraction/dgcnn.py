@@ -47,16 +47,28 @@ class PassageReader(nn.Module):
         dropout: rate on the embeddings.
         gate_rate: rate of the noise on the gates.
         version: see the module.
+        word_dim: width of the frozen vectors of words that come with a batch; 0: there are none. The open version adds
+            them to its characters; the competition's, where a token is a word, has them in place of a table.
     """
 
     def __init__(
-        self, vocab_size: int, num_features: int, dim: int, dropout: float, gate_rate: float, version: Version
+        self,
+        vocab_size: int,
+        num_features: int,
+        dim: int,
+        dropout: float,
+        gate_rate: float,
+        version: Version,
+        word_dim: int = 0,
     ) -> None:
         super().__init__()
         noise: GateNoise = "dropout" if version == "open" else "uniform"
         self.dim = dim
         self.with_positions = version == "competition"
-        self.tokens = Table(vocab_size, dim, std=0.1)
+        self.tokens = None if word_dim and version == "competition" else Table(vocab_size, dim, std=0.1)
+        self.words = None
+        if word_dim and (self.tokens is not None or word_dim != dim):
+            self.words = nn.Linear(word_dim, dim, bias=False)
         self.dropout = nn.Dropout(dropout)
         self.question = GatedStack(dim, dilations=QUESTION_DILATIONS, noise=noise, rate=gate_rate)
         self.pooling = AttentionPooling(dim)
@@ -72,9 +84,9 @@ class PassageReader(nn.Module):
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         """Read a batch, see `PassageCollator`."""
-        asked = self.question(self.dropout(self.tokens(batch["questions"])), batch["question_mask"])
+        asked = self.question(self._embed(batch, "questions", "question_words"), batch["question_mask"])
         vector = self.pooling(asked, batch["question_mask"])[batch["owners"]]
-        told = self.dropout(self.tokens(batch["ids"]))
+        told = self._embed(batch, "ids", "words")
         vector = vector[:, None].expand(-1, told.shape[1], -1)
         parts = [told, vector, *([batch["features"].to(told.dtype)] if "features" in batch else [])]
         if self.with_positions:
@@ -82,6 +94,13 @@ class PassageReader(nn.Module):
         inputs = torch.cat(parts, -1)
         read = self.passage(inputs if self.mix is None else self.mix(inputs), batch["mask"])
         return torch.cat((read, vector), -1)
+
+    def _embed(self, batch: dict[str, Any], ids: str, words: str) -> Tensor:
+        parts = [] if self.tokens is None else [self.tokens(batch[ids])]
+        if "word_vectors" in batch:
+            vectors = batch["word_vectors"] if self.words is None else self.words(batch["word_vectors"])
+            parts.append(F.embedding(batch[words], vectors))
+        return self.dropout(torch.stack(parts).sum(0) if len(parts) > 1 else parts[0])
 
 
 class PassageHead(nn.Module):
@@ -111,6 +130,7 @@ class DGCNN(ReadingModule):
     Args:
         vocab_size: number of token ids.
         num_features: hand-made features of a token; the data decide.
+        word_dim: width of the words' vectors that come with the batches, 0 for none; the data decide.
         version: "open" or "competition".
         dim: width of the convolutions.
         dropout: rate on the embeddings.
@@ -138,6 +158,7 @@ class DGCNN(ReadingModule):
         self,
         vocab_size: int,
         num_features: int = 0,
+        word_dim: int = 0,
         version: Version = "open",
         dim: int = 128,
         dropout: float = 0.1,
@@ -178,7 +199,7 @@ class DGCNN(ReadingModule):
         self.voting: Voting = voting
         self.warmup_steps = warmup_steps
         self.schedule: Schedule = schedule
-        self._sizes = (vocab_size, num_features, dim, dropout, gate_rate, version)
+        self._sizes = (vocab_size, num_features, dim, dropout, gate_rate, version, word_dim)
         self._optimizer = optimizer or (lambda parameters: torch.optim.RAdam(parameters, lr=1e-3))
 
     def configure_model(self) -> None:
@@ -197,7 +218,8 @@ class DGCNN(ReadingModule):
     def features(self, batch: dict[str, Any]) -> Tensor:
         """The tokens of the passages as read, `(R, T, 2 D)`."""
         if self.training and self.unknown_rate:
-            batch = batch | {key: self._some_unknown(batch[key]) for key in ("questions", "ids")}
+            batch = batch | self._some_unknown(batch, "questions", "question_words")
+            batch |= self._some_unknown(batch, "ids", "words")
         return self.reader(batch)
 
     def task_losses(self, features: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -228,9 +250,10 @@ class DGCNN(ReadingModule):
             passages[owner][window.passage].append((probability, answer))
         return [elect(passages[owner].values(), "max", self.voting) for owner in range(len(batch["records"]))]
 
-    def _some_unknown(self, ids: Tensor) -> Tensor:
-        chosen = torch.rand(ids.shape, device=ids.device) < self.unknown_rate
-        return ids.masked_fill(chosen, self.unknown_id)
+    def _some_unknown(self, batch: dict[str, Any], ids: str, words: str) -> dict[str, Tensor]:
+        chosen = torch.rand(batch[ids].shape, device=batch[ids].device) < self.unknown_rate
+        unknown = {ids: batch[ids].masked_fill(chosen, self.unknown_id)}
+        return unknown | ({words: batch[words].masked_fill(chosen, 0)} if words in batch else {})
 
     def configure_optimizers(self) -> Any:
         return scheduled(self, self._optimizer(self.parameters()), self.schedule, self.warmup_steps)

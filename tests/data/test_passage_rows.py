@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from kexue.data.generators.reading_passages import reading_passages
 from kexue.data.passage_rows import PassageBatches
@@ -133,12 +134,82 @@ def test_empty_texts_and_letters_that_count_half() -> None:
     assert np.isfinite(batch["features"].numpy()).all()
 
 
+@pytest.mark.parametrize("length", [10, 32, 33, 100])
+def test_a_visit_shows_one_row_of_one_passage(length: int) -> None:
+    """The beginning, or of a passage longer than half a row sometimes a piece from half a row to a whole one."""
+    passages = tuple("".join(map(chr, range(0x4E00 + 500 * n, 0x4E00 + 500 * n + length))) for n in range(3))
+    answers = tuple(Answer(text[7:9], 7, n) for n, text in enumerate(passages))
+    record = ReadingRecord("a", "问", passages, answers)
+    collate = PassageBatches(64, visits="one").collator(CharTokenizer.from_texts(passages), training=True)
+    torch.manual_seed(0)
+    firsts, visited = [], set()
+    for _ in range(300):
+        batch = collate([record, record])
+        assert batch["owners"].tolist() == [0, 1]
+        for row, window in enumerate(batch["windows"]):
+            first, last = window.spans[0][0], window.spans[-1][1]
+            visited.add(window.passage)
+            firsts.append((first, last))
+            assert [end - start for start, end in window.spans] == [1] * (last - first)
+            inside = first <= 7 and last >= 9
+            assert batch["starts"][row].nonzero().flatten().tolist() == ([7 - first] if inside else [])
+            assert batch["ends"][row].nonzero().flatten().tolist() == ([8 - first] if inside else [])
+    assert visited == {0, 1, 2}
+    beginning = (0, min(length, 64))
+    pieces = [piece for piece in firsts if piece != beginning]
+    assert all(first >= 0 and 32 <= last - first <= 64 and last <= length for first, last in pieces)
+    if length <= 32:
+        assert not pieces
+    else:
+        assert 100 < len(pieces) < 400
+    if length == 100:
+        assert {min(f for f, _ in pieces), max(b for _, b in pieces)} == {0, 100}
+        assert {min(b - f for f, b in pieces), max(b - f for f, b in pieces)} == {32, 64}
+    evaluating = PassageBatches(64, visits="one").collator(CharTokenizer.from_texts(passages))
+    assert len(evaluating([record])["windows"]) >= 3
+
+
+def test_some_answers_are_passed_over_in_training() -> None:
+    record = ReadingRecord("a", "问", ("甲乙" * 500,), tuple(Answer("甲", n) for n in range(0, 1000, 2)))
+    options = PassageBatches(1000, stride=1000, unmarked=0.3)
+    torch.manual_seed(0)
+    starts, ends = (options.collator(CHARACTERS, training=True)([record])[name][0] for name in ("starts", "ends"))
+    assert torch.equal(starts, ends) or (starts.sum(), ends.sum()) != (500, 500)
+    assert 320 < starts.sum() < 380
+    assert options.collator(CHARACTERS)([record])["starts"].sum() == 500
+    with pytest.raises(InputError, match=r"data.batches.unmarked=1.0"):
+        PassageBatches(unmarked=1.0)
+    with pytest.raises(InputError, match=r"data.batches.visits='some': use one of all, one"):
+        PassageBatches(visits="some")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stride", [None, 4])
+def test_each_token_has_the_vector_of_its_word(stride: int | None, tmp_path: Path) -> None:
+    pytest.importorskip("rjieba")
+    path = tmp_path / "vectors.txt"
+    path.write_text("3 2\n海拔 1 2\n广州 3 4\n白云山 5 6\n", encoding="utf-8")
+    record = ReadingRecord("a", "白云山的海拔？", ("白云山坐落在广州", "海拔"))
+    options = PassageBatches(8, stride, word_vectors=str(path), cache_dir=str(tmp_path / "cache"))
+    batch = options.collator(CHARACTERS)([record])
+    assert options.model_arguments() == {"num_features": 0, "word_dim": 2}
+    assert options.source_files() == [path]
+    vector = {"海拔": [1.0, 2.0], "广州": [3.0, 4.0], "白云山": [5.0, 6.0], "": [0.0, 0.0]}
+    asked = [vector[word] for word in (*["白云山"] * 3, "", *["海拔"] * 2, "")]
+    assert batch["word_vectors"][batch["question_words"][0]].tolist() == asked
+    told = {0: [vector[word] for word in (*["白云山"] * 3, *[""] * 3, *["广州"] * 2)], 1: [vector["海拔"]] * 2}
+    for row, window in enumerate(batch["windows"]):
+        found = batch["word_vectors"][batch["words"][row]].tolist()
+        places = [start for start, _ in window.spans]
+        assert found[: len(places)] == [told[window.passage][place] for place in places]
+        assert found[len(places) :] == [vector[""]] * (len(found) - len(places))
+
+
 def test_words_of_the_data_module(tmp_path: Path) -> None:
     pytest.importorskip("rjieba")
     batches = PassageBatches(features=True, half_ascii=True)
     data = ReadingDataModule(4, batches=batches, units="words", num_generated=20, num_passages=2)
     data.setup("fit")
-    assert data.model_arguments() == {"vocab_size": len(data.get_tokenizer()), "num_features": 8}
+    assert data.model_arguments() == {"vocab_size": len(data.get_tokenizer()), "num_features": 8, "word_dim": 0}
     batch = next(iter(data.train_dataloader()))
     assert batch["lengths"].unique().tolist() == [0, 0.5, 1]
     data.save_assets(tmp_path)

@@ -55,6 +55,44 @@ def trainer(folder: Path, **options: Any) -> pl.Trainer:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("word_dim", [16, 6])
+def test_word_vectors_take_part(version: str, word_dim: int, tmp_path: Path) -> None:
+    """Beside the characters; in the competition's version in place of a table, as they are where they fit."""
+    pytest.importorskip("rjieba")
+    words = ["什么", "哪里", "多少", "是", "的", "在"]
+    lines = [
+        " ".join([word, *(f"{(n + 1) * (k + 1) / 50:.2f}" for k in range(word_dim))]) for n, word in enumerate(words)
+    ]
+    path = tmp_path / "vectors.txt"
+    path.write_text("\n".join([f"{len(words)} {word_dim}", *lines]) + "\n", encoding="utf-8")
+    competition = version == "competition"
+    batches = PassageBatches(64, features=competition, word_vectors=str(path), cache_dir=str(tmp_path / "cache"))
+    source = ReadingDataModule(
+        4,
+        batches=batches,
+        format="webqa",
+        num_generated=12,
+        num_passages=2,
+        units="words" if competition else "characters",
+    )
+    source.setup("fit")
+    module = model(source, version, unknown_rate=0.5)
+    assert (module.reader.tokens is None) == competition
+    assert (module.reader.words is None) == (competition and word_dim == 16)
+    batch = next(iter(source.train_dataloader()))
+    assert batch["words"].any()
+    module.eval()
+    other = {**batch, "word_vectors": 2 * batch["word_vectors"]}
+    assert not torch.equal(module.features(batch), module.features(other))
+    one, several = module.features(batch), {**batch, "words": torch.zeros_like(batch["words"])}
+    assert not torch.equal(one, module.features(several))
+    module.train()
+    loss = torch.stack(list(module.task_losses(module.features(batch), batch).values())).sum()
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 def test_loss_on_one_batch_falls(version: str) -> None:
     source = data(version, 10)
     module = model(source, version, lr=2e-2, dropout=0.0, gate_rate=0.0)
@@ -140,7 +178,7 @@ def test_unknown_tokens_in_training_alone() -> None:
     source = data()
     module, batch = model(source, unknown_rate=0.5, gate_rate=0.0, dropout=0.0), next(iter(source.train_dataloader()))
     ids = batch["ids"].clone()
-    hidden = (module._some_unknown(ids) != ids).float().mean().item()
+    hidden = (module._some_unknown(batch, "ids", "words")["ids"] != ids).float().mean().item()
     assert 0.3 < hidden < 0.6
     assert not torch.equal(module.features(batch), module.features(batch))
     module.eval()
