@@ -8,7 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.callbacks import Checkpoint, ProgressBar
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ..callbacks.light_loop import lighten
@@ -136,6 +136,8 @@ def make_trainer(
         InputError: a combination of arguments that Lightning refuses.
     """
     arguments = {**config["trainer"], **overrides}
+    if arguments.get("enable_progress_bar") is False:  # with one among the callbacks, Lightning refuses these words
+        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     try:
         trainer = pl.Trainer(
             **arguments,

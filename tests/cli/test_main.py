@@ -189,6 +189,11 @@ def test_a_checkpoint_with_code_inside_is_not_run(
     assert not (tmp_path / "pwned").exists()
 
 
+def test_without_a_progress_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["fit", *FAST, f"run_dir={tmp_path}", "trainer.enable_progress_bar=false", "logger=csv"]) == 0
+    assert "epoch 1/" not in capsys.readouterr().out
+
+
 def test_a_traceback_reaches_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
