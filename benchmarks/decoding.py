@@ -1,7 +1,7 @@
 """A thousand sentences from text to records with trained runs, end to end: reading in, encoder, heads and decoding.
 
-The sentences are the first training rows of each run's own data. Times are of the processor, one thread; a batch is as
-long as in training. Decoding is that of `kexue predict`: windows, scores, spans, and records with offsets of characters.
+The sentences are the first training rows of each run's own data. Times are of the processor, one thread; batches are
+those of `kexue predict`, and so is decoding: windows, scores, spans, and records with offsets of characters.
 
     python benchmarks/decoding.py RUN [RUN ...] [--rows 1000] [--repeats 3] [--json FILE]
 """

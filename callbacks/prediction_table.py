@@ -52,6 +52,8 @@ def record_row(gold: Any, predicted: Any) -> dict[str, Any]:
         right = gold.accepts(predicted)
     else:
         right = [sorted(group) for group in texts[0]] == [sorted(group) for group in texts[1]]
+    if not right and say[0] == say[1]:  # then it is the places that differ
+        say = ["; ".join(str(getattr(record, name)) for name in names) for record in (gold, predicted)]
     given = " | ".join(readable(getattr(gold, name)) for name in _GIVEN if name in fields) or readable(gold)
     return {"right": right, "input": given, "gold": say[0], "predicted": say[1]}
 

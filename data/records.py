@@ -161,6 +161,10 @@ class SpanRecord:
     text: str
     spans: tuple[Span, ...] = ()
 
+    def accepts(self, predicted: "SpanRecord") -> bool:
+        """Whether a predicted record has these spans at their places, in any order, and no others."""
+        return set(self.spans) == set(predicted.spans)
+
 
 def without_overlaps(spans: Iterable[Span]) -> tuple[Span, ...]:
     """Spans of which no two share a character, in the order of the text: the longest first, then the earliest.

@@ -21,7 +21,7 @@ from kexue.callbacks.pictures import as_grid
 from kexue.callbacks.prediction_table import record_row
 from kexue.callbacks.provenance import data_state, file_state, git_state
 from kexue.data.base import HostList
-from kexue.data.records import Argument, Event, EventRecord
+from kexue.data.records import Argument, Event, EventRecord, Span, SpanRecord
 from kexue.errors import InputError
 
 
@@ -156,6 +156,18 @@ def two_ranks(folder: str) -> None:
     trainer_of(Path(folder), PredictionTable(), strategy="ddp", devices=2, logger=False).test(
         Parity(), loader([float(n) for n in range(8)]), verbose=False
     )
+
+
+def test_a_span_at_another_place_is_wrong_and_says_so() -> None:
+    here, there, other = Span("name", "x", 0), Span("name", "x", 4), Span("name", "y", 2)
+    gold = SpanRecord("1", "x y x", (here, other))
+    assert record_row(gold, SpanRecord("1", "x y x", (other, here)))["right"]
+    row = record_row(gold, SpanRecord("1", "x y x", (there, other)))
+    assert not row["right"]
+    assert "start=0" in row["gold"]
+    assert "start=4" in row["predicted"]
+    row = record_row(gold, SpanRecord("1", "x y x", (other,)))
+    assert (row["gold"], row["predicted"]) == ("name (x); name (y)", "name (y)")
 
 
 @pytest.mark.slow
