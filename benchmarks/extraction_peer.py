@@ -91,7 +91,7 @@ class TheirGPLinker(RelationGPLinker):
         pointers = super().make_head()
         sizes = {name: pointer.num_heads for name, pointer in pointers.items()}
         for name, heads in sizes.items():
-            links = {} if name == "entities" else {"use_rope": False, "tril_mask": False}
+            links = {} if name == "entities" else {"RoPE": False, "tril_mask": False}
             pointers[name] = their_pointer(self.head_kind, self.config.dim, heads, self.head_size, **links)
         return pointers
 
@@ -133,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", choices=["cluener", "resume", "weibo", "duie"], default="weibo")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
-    parser.add_argument("--only", default="", help="models whose name contains this, ours and theirs")
+    parser.add_argument("--only", default="", help="systems whose name contains this")
     parser.add_argument("--json")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
@@ -141,7 +141,7 @@ def main() -> None:
         parser.error("set KEXUE_DATA to the folder of the data sets")
     rows = []
     for system, (name, _, _) in SYSTEMS.items():
-        if (name == "gplinker_relation") != (options.set == "duie") or options.only not in name:
+        if (name == "gplinker_relation") != (options.set == "duie") or options.only not in system:
             continue
         found = []
         for seed in options.seeds:
