@@ -158,11 +158,9 @@ class PassageCollator:
         """Whether a question shows one row, drawn at random."""
         return self.training and self.options.visits == "one"
 
-    def _visited(
-        self, passages: list[tuple[list[int], list[Span]]]
-    ) -> Iterable[tuple[int, tuple[list[int], list[Span]]]]:
+    def _visited(self, passages: list[Units]) -> Iterable[tuple[int, Units]]:
         """The passages to make rows of, with their numbers."""
-        if not self.draws:
+        if not self.draws or not passages:
             return enumerate(passages)
         number = int(torch.randint(len(passages), ()))
         return [(number, passages[number])]
@@ -215,7 +213,7 @@ class PassageCollator:
             "question_words": torch.from_numpy(of_questions),
         }
 
-    def _units(self, text: str) -> tuple[list[int], list[Span]]:
+    def _units(self, text: str) -> Units:
         ids, spans = self.tokenizer.encode(text)
         return ids[1:-1], spans[1:-1]
 
