@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_has_gone():
             return NOBODY_READS
+        if "SLURM_STEP_ID" in os.environ:
+            ignore_signals()  # srun ends this process once another has failed too: 143 would send the job back
         line = explain(error)
         if line is None:
             print(hide(traceback.format_exc()), end="", file=sys.stderr)
