@@ -89,7 +89,7 @@ REMARKS = {
         "machine moves by a third between turns: compare the fastest turns, and the calls. On 20 November, at 5628 "
         "calls a step and with Lightning lean at 0.85 ms, kexue's default took 0.96 +- 0.08 ms."
     ),
-    "extraction_peer_duie": "Scores after the last of 5 epochs on the dev sample; each system in a run of its own, one seed.",
+    "extraction_peer_duie": "Scores after the last of 5 epochs on the dev sample; a run for each, one seed.",
     "extraction_peer_weibo": "Scores after the last epoch, medians of two seeds.",
     "transformer_training": (
         "The small shape by 15 repeats; three runs of it gave 0.997, 1.011 and 1.029. BERT-base: 25 November."
