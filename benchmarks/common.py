@@ -1,11 +1,14 @@
-"""What the benchmarks share: runs in turn, medians with spreads, a table, a JSON file."""
+"""What the benchmarks share: a clock, a device, runs in turn, medians with spreads, a table, a JSON file."""
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import platform
 import statistics
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +16,37 @@ from typing import Any, TypeVar
 import torch
 
 T = TypeVar("T")
+_device = torch.device("cpu")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add `--device cpu|cuda`; `use_device` makes new tensors and modules there."""
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+
+
+def use_device(name: str, *, by_default: bool = True) -> None:
+    """Measure on this device; by default, tensors and modules are made there from now on."""
+    global _device
+    _device = torch.device(name)
+    if by_default and name != "cpu":
+        torch.set_default_device(_device)
+
+
+def device() -> torch.device:
+    """Where to measure."""
+    return _device
+
+
+def on_gpu() -> bool:
+    """Whether it is a GPU."""
+    return _device.type == "cuda"
+
+
+def now() -> float:
+    """Seconds on the clock, when all that was asked of a GPU has been done."""
+    if on_gpu():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def in_turn(runs: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:
@@ -51,9 +85,20 @@ def report(name: str, rows: Sequence[Mapping[str, Any]], path: str | Path | None
             "python": platform.python_version(),
             "torch": torch.__version__,
         }
+        if on_gpu():
+            machine |= {"gpu": torch.cuda.get_device_name(), "command": shown_command()}
         text = json.dumps({"name": name, "machine": machine, "rows": list(rows)}, indent=2, ensure_ascii=False)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def shown_command() -> str:
+    """How this benchmark was called, without the file that it writes."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    if "--json" in words:
+        place = words.index("--json")
+        words = words[:place] + words[place + 2 :]
+    return "python benchmarks/" + " ".join(words)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -20,13 +20,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import in_turn, median_and_spread, report
+from common import add_device, in_turn, median_and_spread, now, report, use_device
 from torch import nn
 from torch.nn import functional as F
 
@@ -53,9 +52,9 @@ class Sentences(nn.Module):
 
 def milliseconds(run: Callable[[], Any]) -> float:
     """Wall time of one call."""
-    start = time.perf_counter()
+    start = now()
     run()
-    return (time.perf_counter() - start) * 1e3
+    return (now() - start) * 1e3
 
 
 def peers() -> dict[str, Any]:
@@ -198,7 +197,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="of each sentence")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json")
+    add_device(parser)
     arguments = parser.parse_args()
+    use_device(arguments.device)
     if arguments.part == "syncs":
         what = f"{arguments.layers} tensors of {arguments.dim} x {arguments.dim}"
         rows = syncs(arguments.dim, arguments.layers, arguments.repeats)

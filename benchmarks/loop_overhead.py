@@ -37,6 +37,7 @@ from kexue.callbacks import (
     Alerts,
     Checkpoints,
     CSVMetrics,
+    LightLoop,
     MemoryPeak,
     PredictionTable,
     Preemption,
@@ -46,7 +47,6 @@ from kexue.callbacks import (
     Throughput,
     wandb_logger,
 )
-from kexue.callbacks.light_loop import NoProfiler, skip_unused_hooks
 from kexue.lightning_modules.imaging import DigitsMultitaskModule
 
 Batch = dict[str, Tensor]
@@ -233,14 +233,13 @@ def kexue_default(folder: Path, console: Console) -> dict[str, Any]:
         ProgressBar(console=console),
         StopOnNonFinite(),
         StopWhenStalled(folder / "ranks"),
+        LightLoop(),
     ]
-    skip_unused_hooks(callbacks)
     options: dict[str, Any] = {
         "logger": [CSVMetrics(folder), wandb_logger(folder, offline=True)],
         "callbacks": callbacks,
         "enable_progress_bar": True,
         "enable_checkpointing": True,
-        "profiler": NoProfiler(),
     }
     try:
         from kexue.strategies import SingleDevice

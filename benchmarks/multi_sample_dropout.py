@@ -25,7 +25,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from common import in_turn, median_and_spread, report
+from common import add_device, in_turn, median_and_spread, now, report, use_device
 from pictures import cifar10
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -182,11 +182,11 @@ def costs(repeats: int, rows: int) -> list[dict[str, Any]]:
             batch = torch.randint(0, 1000, (rows, TOKENS)), torch.randint(0, CLASSES, shape)
 
             def step(module: Encoder = module, optimizer: Any = optimizer, batch: Any = batch) -> float:
-                start = time.perf_counter()
+                start = now()
                 optimizer.zero_grad()
                 module.training_step(batch, 0).backward()
                 optimizer.step()
-                return time.perf_counter() - start
+                return now() - start
 
             step()
             with FlopCounterMode(display=False) as counter:
@@ -221,7 +221,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--rows", type=int, default=8, help="sentences in a batch of the encoder")
     parser.add_argument("--part", choices=("pictures", "cost"), default="pictures")
+    add_device(parser)
     arguments = parser.parse_args()
+    use_device(arguments.device)
 
     if arguments.part == "cost":
         size = f"{LAYERS} layers of {DIM}, {arguments.rows} x {TOKENS} tokens, p {P}"

@@ -1,13 +1,15 @@
 """Recomputation of a Transformer encoder: bytes and FLOPs counted, seconds measured, beside transformers and torch.
 
-Twelve blocks of width 768 on 128 tokens, forward and backward pass, no embeddings and no head. Attention has no
-dropout: the CPU's fused kernel has none, and the tables of scores that it would take are not made on GPUs.
+Twelve blocks of width 768 on 128 tokens (or as many as given), forward and backward pass, no embeddings and no head.
+Attention has no dropout: the CPU's fused kernel has none, and the tables of scores that it would take are not made on
+GPUs.
 
 MB kept: storages that the forward pass has made and that are alive when it has ended, the input added and the result
 left out: whatever keeps them. Parameters and their gradients are no part of them. "bytes x": so many times fewer than
 in plain training. MB at most: storages made and alive at any time of the step, what is between operations included.
 FLOPs: of matrix products and attention in both passes, whatever runs again included. "FLOPs x": over plain training;
 a backward pass takes twice the forward pass, so running all of it again is 4/3.
+MB allocated: what CUDA's allocator held at most in a step beyond parameters and gradients, on GPUs.
 of budget: bytes kept over bytes allowed. best uniform: the fewest FLOPs, over plain training, of the rows of "plain",
 "full" and "selective" that keep no more than is allowed.
 
@@ -23,13 +25,12 @@ without a code generator, so that seconds say what is recomputed and not what is
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from common import in_turn, median_and_spread, report
+from common import add_device, device, in_turn, median_and_spread, now, on_gpu, report, use_device
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,7 +50,8 @@ from kexue.strategies import (
     restore_blocks,
 )
 
-DIM, LAYERS, HEADS, LENGTH = 768, 12, 12, 128
+DIM, LAYERS, HEADS = 768, 12, 12
+BATCH, LENGTH = 1, 128  # see --batch and --tokens
 KINDS: dict[str, dict[str, Any]] = {
     "pre": {"norm": "pre", "dropout": 0.1},
     "post": {"norm": "post", "dropout": 0.1},
@@ -129,12 +131,23 @@ class Way:
         undo()
         return Counts(kept, counter.most, counter.flops)
 
+    def allocated(self) -> int:
+        """Bytes that CUDA's allocator held at most in a step, beyond what it held before."""
+        undo, hidden = self.apply(), _hidden()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self.forward(hidden).square().mean().backward()
+        most = torch.cuda.max_memory_allocated() - before
+        undo()
+        return most
+
     def seconds(self) -> float:
         """Of a step."""
         undo, hidden = self.apply(), _hidden()
-        start = time.perf_counter()
+        start = now()
         self.forward(hidden).square().mean().backward()
-        taken = time.perf_counter() - start
+        taken = now() - start
         undo()
         return taken
 
@@ -180,11 +193,12 @@ class Compiled(Way):
 
 def _hidden() -> Tensor:
     torch.manual_seed(1)
-    return torch.randn(1, LENGTH, DIM, requires_grad=True)
+    return torch.randn(BATCH, LENGTH, DIM, device=device(), requires_grad=True)
 
 
 def _ready(module: Any) -> Any:
     """With gradients to add to: none is counted as made."""
+    module.to(device())
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
     return module.train()
@@ -275,7 +289,10 @@ def theirs() -> list[Way]:
 def rows_of(kind: str, repeats: int) -> list[dict[str, Any]]:
     ways = ours(kind) + (theirs() if kind == "post" else [])
     counts = {way.name: way.count() for way in ways}
+    for way in ways if on_gpu() else ():
+        way.seconds()  # kernels are loaded when they are first needed
     times = in_turn({way.name: way.seconds for way in ways}, repeats)
+    allocated = {way.name: way.allocated() for way in ways} if on_gpu() else {}
     uniform = [one for name, one in counts.items() if name.startswith(("plain", "full", "selective"))]
     rows = []
     for name, (kept, most, flops) in counts.items():
@@ -293,6 +310,8 @@ def rows_of(kind: str, repeats: int) -> list[dict[str, Any]]:
         if repeats:
             middle, spread = median_and_spread(times[name])
             row |= {"s a step": middle, "+-": spread, "time x": middle / median_and_spread(times[base])[0]}
+        if allocated:
+            row |= {"MB allocated": allocated[name] / 1e6}
         row |= {"of budget": "", "best uniform": ""}
         if name.startswith("budget"):
             allowed = float(name.split()[1]) * first.kept
@@ -336,14 +355,20 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
 
 
 def main() -> None:
+    global BATCH, LENGTH
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json")
     parser.add_argument("--plot")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=BATCH, help="rows of tokens")
+    parser.add_argument("--tokens", type=int, default=LENGTH, help="of each row")
+    add_device(parser)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     arguments = parser.parse_args()
+    use_device(arguments.device, by_default=False)
+    BATCH, LENGTH = arguments.batch, arguments.tokens
     rows = [row for kind in arguments.kinds for row in rows_of(kind, arguments.repeats)]
-    report("Recomputation: 12 blocks of width 768, 128 tokens", rows, arguments.json)
+    report(f"Recomputation: 12 blocks of width 768, {BATCH * LENGTH} tokens", rows, arguments.json)
     if arguments.plot:
         plot(rows, arguments.plot)
 

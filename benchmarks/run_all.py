@@ -140,7 +140,8 @@ def sections(scripts: dict[str, list[str]]) -> list[str]:
             found = json.loads(file.read_text(encoding="utf-8"))
             machine = found["machine"]
             shown = " ".join(["python", f"benchmarks/{script}.py", *arguments])
-            stamp = f"{machine['date']}, {machine['processor']}, {machine['threads']} thread(s): `{shown}`"
+            where = machine.get("gpu", f"{machine['processor']}, {machine['threads']} thread(s)")
+            stamp = f"{machine['date']}, {where}, torch {machine['torch']}: `{machine.get('command', shown)}`"
             remark = f"{REMARKS[name]}\n\n" if name in REMARKS else ""
             parts.append(f"## {found['name']}\n\n{remark}{table(found['rows'])}\n\n{stamp}\n")
     return parts

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import in_turn, median_and_spread, report
+from common import add_device, in_turn, median_and_spread, now, report, use_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
@@ -37,7 +36,7 @@ def ported(peer: Any) -> Transformer:
     """Our module with the weights of a model of transformers."""
     with tempfile.TemporaryDirectory() as folder:
         peer.save_pretrained(folder)
-        return from_pretrained(folder)
+        return from_pretrained(folder).to(peer.device)
 
 
 def saved_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:
@@ -81,11 +80,11 @@ def training(shape: str, repeats: int) -> list[dict[str, Any]]:
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5)
 
         def run() -> float:
-            start = time.perf_counter()
+            start = now()
             forward()[mask].square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-            return time.perf_counter() - start
+            return now() - start
 
         return run
 
@@ -135,9 +134,9 @@ def generation(shape: str, repeats: int) -> list[dict[str, Any]]:
 
         def timed(way: Callable[[], Tensor], count: int = batch * tokens) -> Callable[[], float]:
             def run() -> float:
-                start = time.perf_counter()
+                start = now()
                 way()
-                return count / (time.perf_counter() - start)
+                return count / (now() - start)
 
             return run
 
@@ -164,9 +163,9 @@ def products(shape: str, repeats: int) -> list[dict[str, Any]]:
             def timed(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> Callable[[], float]:
                 def run() -> float:
                     other.add_(1)
-                    start = time.perf_counter()
+                    start = now()
                     function(*arguments)
-                    return time.perf_counter() - start
+                    return now() - start
 
                 return run
 
@@ -194,7 +193,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--part", choices=PARTS, required=True)
+    parser.add_argument("--rows", type=int, help="sentences of a training step, in place of the shape's")
+    add_device(parser)
     arguments = parser.parse_args()
+    use_device(arguments.device)
+    if arguments.rows:
+        TRAINING.update({shape: (arguments.rows, length) for shape, (_, length) in TRAINING.items()})
     rows = [row for shape in arguments.shapes for row in PARTS[arguments.part](shape, arguments.repeats)]
     report(f"Transformer: {arguments.part}, beside transformers", rows, arguments.json)
 

@@ -6,6 +6,7 @@ from .confusion_matrix import ConfusionMatrixPlot
 from .csv_metrics import CSVMetrics
 from .exact_schedule import ExactSchedule, exact_schedule
 from .gradient_normaliser import GradientNormaliser
+from .light_loop import LightLoop
 from .memory import MemoryPeak
 from .non_finite import StopOnNonFinite
 from .pictures import Pictures, log_picture
@@ -25,6 +26,7 @@ __all__ = [
     "ConfusionMatrixPlot",
     "ExactSchedule",
     "GradientNormaliser",
+    "LightLoop",
     "MemoryPeak",
     "Pictures",
     "PredictionTable",

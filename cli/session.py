@@ -11,7 +11,6 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Checkpoint, ProgressBar
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
-from ..callbacks.light_loop import lighten
 from ..callbacks.provenance import data_state, git_state, versions
 from ..callbacks.wandb_run import WandbRun
 from ..data.base import KexueDataModule
@@ -139,7 +138,7 @@ def make_trainer(
     if arguments.get("enable_progress_bar") is False:  # with one among the callbacks, Lightning refuses these words
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     try:
-        trainer = pl.Trainer(
+        return pl.Trainer(
             **arguments,
             strategy=strategy,
             callbacks=list(callbacks),
@@ -152,8 +151,6 @@ def make_trainer(
         raise
     except (ValueError, MisconfigurationException) as error:
         raise InputError(f"trainer: {one_line(error)}") from error
-    lighten(trainer)
-    return trainer
 
 
 def family(config: Mapping[str, Any]) -> str:

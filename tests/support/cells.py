@@ -27,6 +27,8 @@ TECHNIQUES = {
 BASES = ("ddp", "zero_1", "zero_2", "zero_3")
 
 # Read once: Lightning deletes WORLD_SIZE when a run ends, and these processes train many cells in turn.
+# The same tests run on GPUs: see tests/gpu.
+ACCELERATOR = os.environ.get("KEXUE_TEST_ACCELERATOR", "cpu")
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 
 
@@ -210,7 +212,7 @@ def make_strategy(base: str, techniques: list[Any], **kwargs: Any) -> Any:
     if base == "single":
         return SingleDevice(techniques)
     if base == "ddp":
-        return DDP(techniques, process_group_backend="gloo", **kwargs)
+        return DDP(techniques, process_group_backend="gloo" if ACCELERATOR == "cpu" else "nccl", **kwargs)
     return Zero(stage=int(base[5]), techniques=techniques, **kwargs)
 
 
@@ -262,7 +264,7 @@ def train(
         world, rank = WORLD, RANK
         callbacks: list[pl.Callback] = [] if save_at_step is None else [_SaveAt(save_at_step, str(save))]
         trainer = pl.Trainer(
-            accelerator="cpu",
+            accelerator=ACCELERATOR,
             devices=world,
             strategy=chosen,
             max_epochs=epochs,
@@ -287,7 +289,7 @@ def train(
             trainer.save_checkpoint(save)
     result = {"losses": _mean_over_ranks(model.losses, world), "step": trainer.global_step}
     result["weights"] = full_weights(model)
-    result["buffers"] = {name: buffer.clone().numpy() for name, buffer in model.named_buffers()}
+    result["buffers"] = {name: buffer.clone().numpy(force=True) for name, buffer in model.named_buffers()}
     result["drift"] = _drift(result["weights"], world)
     result["state"] = technique_state(getattr(chosen, "techniques", ()))
     result["warnings"] = list(dict.fromkeys(str(warning.message) for warning in caught))
@@ -317,8 +319,8 @@ def full_weights(model: pl.LightningModule) -> dict[str, Any]:
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([p for _, p in parameters]):
-            return {name: p.detach().float().clone().numpy() for name, p in parameters}
-    return {name: p.detach().float().clone().numpy() for name, p in parameters}
+            return {name: p.detach().float().clone().numpy(force=True) for name, p in parameters}
+    return {name: p.detach().float().clone().numpy(force=True) for name, p in parameters}
 
 
 def _mean_over_ranks(losses: list[float], world: int) -> list[float]:
@@ -354,6 +356,8 @@ class _SaveAt(pl.Callback):
 def run_all(cells: dict[Any, tuple[tuple[Any, ...], dict[str, Any]]]) -> dict[Any, Any]:
     """Train many cells in this process, one after another; a cell that fails leaves its error as text."""
     freeze_libraries()
+    if ACCELERATOR != "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
     results: dict[Any, Any] = {}
     for key, (args, kwargs) in cells.items():
         try:

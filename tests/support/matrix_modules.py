@@ -43,7 +43,7 @@ class RowDropout(nn.Module):
         start = int(torch.randint(2**31, ()))
         generators = [torch.Generator().manual_seed(start + row) for row in self.rows]
         kept = torch.stack([torch.rand(features.shape[1], generator=generator) for generator in generators]) >= self.p
-        return features * kept / (1 - self.p)
+        return features * kept.to(features.device) / (1 - self.p)
 
 
 class TwoTasks(Classifier):

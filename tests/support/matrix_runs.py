@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cells import differences, freeze_libraries, make_strategy, train
+import torch
+from cells import ACCELERATOR, differences, freeze_libraries, make_strategy, train
 from matrix import BASES, EFFECT, ROWS, UNION, Row
 from matrix_modules import MODULES
 from matrix_wrong import WRONG
@@ -26,12 +27,14 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-def plan(rows: Iterable[Row], bases: Iterable[str], folder: Path) -> dict[Any, dict[str, Any]]:
+def plan(
+    rows: Iterable[Row], bases: Iterable[str], folder: Path, modules: Container[str] = tuple(MODULES)
+) -> dict[Any, dict[str, Any]]:
     """Return the runs of these rows: (row, module, base, run) to what they are trained with, in an order that works."""
     cells: dict[Any, dict[str, Any]] = {}
     for base in bases:
         for row in rows:
-            for module in row.modules:
+            for module in filter(modules.__contains__, row.modules):
                 cells[row.name, module, base, "union"] = RUNS["union"]
                 if (module, base) in row.refused:
                     continue
@@ -69,6 +72,8 @@ def _merged(ranks: list[dict[Any, Any]]) -> dict[Any, Any]:
 def run(cells: Mapping[Any, dict[str, Any]], folder: str) -> dict[Any, Any]:
     """Train these cells in this process, one after another; a cell that fails leaves its error as text."""
     freeze_libraries()
+    if ACCELERATOR != "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
     results: dict[Any, Any] = {}
     for key, options in cells.items():
         name, module, base, kind = key
