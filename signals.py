@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -66,6 +66,40 @@ def ignore_signals() -> None:
     if threading.current_thread() is threading.main_thread():
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+
+
+class SparedWorker:
+    """What a loader's worker process begins with: the first stop signal of a kind is not for it.
+
+    Schedulers send theirs to every process of a job. A worker that died of one would take the run with it, which is to
+    save first and let its workers go then. The second of a kind ends the worker as ever: that is how a loader gets rid
+    of one that hangs.
+
+    Args:
+        begin: What the worker did at its beginning before; None: nothing.
+    """
+
+    def __init__(self, begin: Callable[[int], None] | None) -> None:
+        self.begin = begin
+
+    def __call__(self, worker_id: int) -> None:
+        """Prepare the process it runs in."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._pass)
+        if self.begin is not None:
+            self.begin(worker_id)
+
+    @staticmethod
+    def _pass(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def spare_workers(loader: Any) -> None:
+    """Let the worker processes of a torch DataLoader live through a first stop signal; other objects stay as they are."""
+    if not getattr(loader, "num_workers", 0) or not hasattr(loader, "worker_init_fn"):
+        return
+    if not isinstance(loader.worker_init_fn, SparedWorker):
+        loader.worker_init_fn = SparedWorker(loader.worker_init_fn)
 
 
 @contextmanager

@@ -20,20 +20,18 @@ _device = torch.device("cpu")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """Add `--device cpu|cuda`; `use_device` makes new tensors and modules there."""
+    """Add `--device cpu|cuda`, for `use_device`."""
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
 
 
-def use_device(name: str, *, by_default: bool = True) -> None:
-    """Measure on this device; by default, tensors and modules are made there from now on."""
+def use_device(name: str) -> None:
+    """Measure on this device."""
     global _device
     _device = torch.device(name)
-    if by_default and name != "cpu":
-        torch.set_default_device(_device)
 
 
 def device() -> torch.device:
-    """Where to measure."""
+    """Where to measure; as a context, tensors and modules are made there. Not around what is timed: it takes time."""
     return _device
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import add_device, in_turn, median_and_spread, now, report, use_device
+from common import add_device, device, in_turn, median_and_spread, now, report, use_device
 from torch import nn
 from torch.nn import functional as F
 
@@ -81,7 +81,7 @@ def syncs(dim: int, layers: int, repeats: int) -> list[dict[str, Any]]:
     """Time one synchronisation of all weights, by several hands, each with tensors of its own."""
 
     def weights() -> list[torch.Tensor]:
-        return [torch.randn(dim, dim) for _ in range(layers)]
+        return [torch.randn(dim, dim, device=device()) for _ in range(layers)]
 
     fast, slow = weights(), weights()
 
@@ -130,9 +130,9 @@ def bookkeeping(options: dict[str, Any], tensors: int) -> float:
     """Milliseconds that the wrapper adds to a step without synchronisation."""
 
     def step(wrapped: bool) -> Callable[[], float]:
-        ps = [nn.Parameter(torch.randn(8)) for _ in range(tensors)]
+        ps = [nn.Parameter(torch.randn(8, device=device())) for _ in range(tensors)]
         for p in ps:
-            p.grad = torch.randn(8)
+            p.grad = torch.randn_like(p)
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(ps, **options)
         if wrapped:
             optimizer = LookaheadOptimizer(optimizer, k=10**9)
@@ -146,8 +146,9 @@ def bookkeeping(options: dict[str, Any], tensors: int) -> float:
 def steps(rows: int, tokens: int, repeats: int) -> list[dict[str, Any]]:
     """Time a training step, its optimiser's part, and what Lookahead adds to it on average over a cycle."""
     torch.manual_seed(0)
-    model = Sentences()
-    ids, labels = torch.randint(0, 21128, (rows, tokens)), torch.randint(0, CLASSES, (rows,))
+    with device():
+        model = Sentences()
+        ids, labels = torch.randint(0, 21128, (rows, tokens)), torch.randint(0, CLASSES, (rows,))
     fast = list(model.parameters())
     slow = [p.detach().clone() for p in fast]
 

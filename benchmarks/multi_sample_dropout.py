@@ -25,7 +25,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from common import add_device, in_turn, median_and_spread, now, report, use_device
+from common import add_device, device, in_turn, median_and_spread, now, report, use_device
 from pictures import cifar10
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -174,12 +174,13 @@ def costs(repeats: int, rows: int) -> list[dict[str, Any]]:
         steps = {}
         for samples in (0, 1, 8):
             torch.manual_seed(0)
-            module = Encoder(of_tokens)
+            module = Encoder(of_tokens).to(device())
             if samples:
                 MultiSampleDropout(samples, P).attach(module)
             optimizer = torch.optim.AdamW(module.parameters(), fused=True)
             shape = (rows, TOKENS) if of_tokens else (rows,)
-            batch = torch.randint(0, 1000, (rows, TOKENS)), torch.randint(0, CLASSES, shape)
+            with device():
+                batch = torch.randint(0, 1000, (rows, TOKENS)), torch.randint(0, CLASSES, shape)
 
             def step(module: Encoder = module, optimizer: Any = optimizer, batch: Any = batch) -> float:
                 start = now()

@@ -204,7 +204,7 @@ def _ready(module: Any) -> Any:
     return module.train()
 
 
-def ours(kind: str) -> list[Way]:
+def ours(kind: str, compiled: bool) -> list[Way]:
     torch._dynamo.reset()
     torch.manual_seed(0)
     config = TransformerConfig(
@@ -255,7 +255,7 @@ def ours(kind: str) -> list[Way]:
         Way("selective, narrow", module, forward, under(Selective("narrow"))),
     ]
     ways += [Way(f"budget {share}", module, forward, planned(share)) for share in BUDGETS]
-    for budget in COMPILED_BUDGETS:
+    for budget in COMPILED_BUDGETS if compiled else ():
         ways.append(Compiled(f"torch.compile, budget {budget}", module, forward, budget))
     return ways
 
@@ -286,8 +286,8 @@ def theirs() -> list[Way]:
     ]
 
 
-def rows_of(kind: str, repeats: int) -> list[dict[str, Any]]:
-    ways = ours(kind) + (theirs() if kind == "post" else [])
+def rows_of(kind: str, repeats: int, compiled: bool) -> list[dict[str, Any]]:
+    ways = ours(kind, compiled) + (theirs() if kind == "post" else [])
     counts = {way.name: way.count() for way in ways}
     for way in ways if on_gpu() else ():
         way.seconds()  # kernels are loaded when they are first needed
@@ -362,12 +362,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch", type=int, default=BATCH, help="rows of tokens")
     parser.add_argument("--tokens", type=int, default=LENGTH, help="of each row")
+    parser.add_argument("--without-compiler", action="store_true", help="leave torch's memory budget out")
     add_device(parser)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     arguments = parser.parse_args()
-    use_device(arguments.device, by_default=False)
+    use_device(arguments.device)
     BATCH, LENGTH = arguments.batch, arguments.tokens
-    rows = [row for kind in arguments.kinds for row in rows_of(kind, arguments.repeats)]
+    rows = [row for kind in arguments.kinds for row in rows_of(kind, arguments.repeats, not arguments.without_compiler)]
     report(f"Recomputation: 12 blocks of width 768, {BATCH * LENGTH} tokens", rows, arguments.json)
     if arguments.plot:
         plot(rows, arguments.plot)

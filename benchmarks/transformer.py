@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import add_device, in_turn, median_and_spread, now, report, use_device
+from common import add_device, device, in_turn, median_and_spread, now, report, use_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
@@ -67,10 +67,11 @@ def training(shape: str, repeats: int) -> list[dict[str, Any]]:
         intermediate_size=4 * dim,
         attn_implementation="sdpa",
     )
-    peer = BertModel(config, add_pooling_layer=False).train()
+    peer = BertModel(config, add_pooling_layer=False).train().to(device())  # pyright: ignore[reportArgumentType]
     ours = ported(peer).train()
-    ids = torch.randint(VOCABULARY, (batch, length))
-    mask = torch.arange(length) < torch.linspace(length // 4, length, batch).long()[:, None]
+    with device():
+        ids = torch.randint(VOCABULARY, (batch, length))
+        mask = torch.arange(length) < torch.linspace(length // 4, length, batch).long()[:, None]
     forwards: dict[str, tuple[nn.Module, Callable[[], Tensor]]] = {
         "transformers": (peer, lambda: peer(ids, attention_mask=mask.long()).last_hidden_state),
         "kexue": (ours, lambda: ours(ids, mask)),
@@ -116,11 +117,11 @@ def generation(shape: str, repeats: int) -> list[dict[str, Any]]:
     config = GPT2Config(
         vocab_size=VOCABULARY, n_embd=dim, n_layer=layers, n_head=heads, bos_token_id=0, eos_token_id=None
     )
-    peer = GPT2LMHeadModel(config).eval()
+    peer = GPT2LMHeadModel(config).eval().to(device())  # pyright: ignore[reportArgumentType]
     ours = ported(peer).eval()
     rows = []
     for batch, tokens in GENERATION[shape]:
-        prompt = torch.randint(VOCABULARY, (batch, PROMPT))
+        prompt = torch.randint(VOCABULARY, (batch, PROMPT), device=device())
 
         def theirs(prompt: Tensor = prompt, tokens: int = tokens) -> Tensor:
             options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}

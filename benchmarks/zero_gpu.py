@@ -11,7 +11,9 @@ under plain autocast.
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
+import os
 import statistics
 import sys
 import time
@@ -35,8 +37,11 @@ from ranks import run_ranks
 
 CLASSES, WARM_UP = 10, 5
 STRATEGIES: dict[str, Callable[[], Any]] = {
+    "Lightning's, stage 1": lambda: DeepSpeedStrategy(stage=1, logging_level=logging.ERROR),
+    "Lightning's, stage 2": lambda: DeepSpeedStrategy(stage=2, logging_level=logging.ERROR),
+    "Lightning's, stage 3": lambda: DeepSpeedStrategy(stage=3, logging_level=logging.ERROR),
     "single": lambda: SingleDevice(),
-    "ddp": lambda: DDP(),
+    "ddp": lambda: DDP(process_group_backend="nccl"),
     "zero_1": lambda: Zero(stage=1),
     "zero_2": lambda: Zero(stage=2),
     "zero_3": lambda: Zero(stage=3),
@@ -45,9 +50,6 @@ STRATEGIES: dict[str, Callable[[], Any]] = {
     "zero_3, optimiser and parameters in CPU memory": lambda: Zero(
         stage=3, offload_optimizer=True, offload_parameters=True
     ),
-    "Lightning's, stage 1": lambda: DeepSpeedStrategy(stage=1, logging_level=logging.ERROR),
-    "Lightning's, stage 2": lambda: DeepSpeedStrategy(stage=2, logging_level=logging.ERROR),
-    "Lightning's, stage 3": lambda: DeepSpeedStrategy(stage=3, logging_level=logging.ERROR),
 }
 
 
@@ -83,22 +85,33 @@ class Sentences(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-4)
 
 
-def measure(name: str, steps: int, rows: int, tokens: int) -> dict[str, Any]:
-    """Train with one strategy; runs in a process of its own."""
+def measure(steps: int, rows: int, tokens: int) -> dict[str, Any]:
+    """Train with one strategy after the other; runs in a process of its own."""
     warnings.filterwarnings("ignore")
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))  # what is offloaded is updated by the processor
+    return {name: _measured(strategy, steps, rows, tokens) for name, strategy in STRATEGIES.items()}
+
+
+def _measured(strategy: Callable[[], Any], steps: int, rows: int, tokens: int) -> dict[str, Any] | str:
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(5, 21128, (rows * steps, tokens), generator=generator)
     labels = ids[:, 0] % CLASSES
     model = Sentences()
-    trainer = pl.Trainer(
-        accelerator="gpu", devices=1, strategy=STRATEGIES[name](), precision="bf16-mixed", max_epochs=1, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    data = torch.utils.data.TensorDataset(ids, labels)
-    trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=rows, pin_memory=True))
+    try:
+        trainer = pl.Trainer(
+            accelerator="gpu", devices=1, strategy=strategy(), precision="bf16-mixed", max_epochs=1, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        data = torch.utils.data.TensorDataset(ids, labels)
+        trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=rows, pin_memory=True))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
     return {
         "ms a step": 1000 * statistics.median(model.seconds[WARM_UP:]),
-        "MiB at most": torch.cuda.max_memory_allocated() / 2**20,
+        "MiB at most": (torch.cuda.max_memory_allocated() - before) / 2**20,
         "losses": torch.stack(model.losses).float().tolist(),
     }
 
@@ -110,30 +123,25 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--json")
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    found: dict[str, Any] = {}
-    for name in STRATEGIES:
-        try:
-            found[name] = run_ranks(measure, 1, name, options.steps, options.rows, options.tokens)[0]
-        except RuntimeError as error:
-            print(f"{name}: {error}", file=sys.stderr)
-            rows.append({"strategy": f"{name}: failed"})
+    found = run_ranks(measure, 1, options.steps, options.rows, options.tokens)[0]
+    base = found["single"]
+    rows = []
+    for name, one in found.items():
+        if isinstance(one, str):
+            print(f"{name}: {one}", file=sys.stderr)
             continue
-        base = found["single"]
-        losses = found[name].pop("losses")
-        first = base.setdefault("first", losses)
         rows.append(
             {
                 "strategy": name,
-                "ms a step": found[name]["ms a step"],
-                "times single": found[name]["ms a step"] / base["ms a step"],
-                "MiB at most": found[name]["MiB at most"],
-                "times its memory": found[name]["MiB at most"] / base["MiB at most"],
-                "loss differs by at most": max(abs(a - b) for a, b in zip(losses, first, strict=True)),
-                "last loss": losses[-1],
+                "ms a step": one["ms a step"],
+                "times single": one["ms a step"] / base["ms a step"],
+                "MiB at most": one["MiB at most"],
+                "times its memory": one["MiB at most"] / base["MiB at most"],
+                "loss differs by at most": max(abs(a - b) for a, b in zip(one["losses"], base["losses"], strict=True)),
+                "last loss": one["losses"][-1],
             }
         )
-    use_device("cuda", by_default=False)
+    use_device("cuda")
     report(f"ZeRO on one GPU, bf16-mixed, {options.rows} x {options.tokens} tokens a step", rows, options.json)
 
 

@@ -42,7 +42,7 @@ class LightResults(_ResultCollection):
             metric.forward(value, self._extract_batch_size(metric, batch_size, metric.meta))
             metric.has_reset = False
             return
-        super().log(fx, name, value, batch_size=batch_size, **options)
+        _ResultCollection.log(self, fx, name, value, batch_size=batch_size, **options)  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(value, Tensor) and self.dataloader_idx is None:
             self._known[fx, name] = options, value.device, self[f"{fx}.{name}"]
 

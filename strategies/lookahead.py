@@ -116,45 +116,53 @@ class LookaheadOptimizer(Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Take an inner step, and synchronise the parameters that have now taken k of them."""
+        taking: list[tuple[Tensor, Any]] = []
         # Kept aside until after the step: optimisers initialise a parameter's state only while it is empty.
-        fresh: dict[Tensor, dict[str, Any]] = {}
-        self._copy_fresh(fresh)
+        fresh: dict[int, dict[str, Any]] = {}
         if closure is None:
+            self._look(taking, fresh)
             result = self.inner.step()
         else:
 
             def with_copies() -> Any:
                 result = closure()  # the backward pass: only now is it known which parameters take part
-                self._copy_fresh(fresh)
+                self._look(taking, fresh)
                 return result
 
             result = self.inner.step(with_copies)
         state, k = self.inner.state, self.k
         due = []
-        for group in self.inner.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+        for p, entry in taking:
+            if entry is None:
                 entry = state[p]
-                if fresh and p in fresh:
-                    entry.update(fresh[p])
-                entry[STEP] = step = entry[STEP] + 1
-                if step % k == 0:
-                    due.append(p)
+                entry.update(fresh[id(p)])
+            entry[STEP] = step = entry[STEP] + 1
+            if step % k == 0:
+                due.append(p)
         if due:
             self._synchronise(due)
         return result
 
-    def _copy_fresh(self, fresh: dict[Tensor, dict[str, Any]]) -> None:
-        """Copy, with their buffers, the parameters whose first step comes now."""
+    def _look(self, taking: list[tuple[Tensor, Any]], fresh: dict[int, dict[str, Any]]) -> None:
+        """List the parameters that take part with what is known of each, once: looking a tensor up takes its time.
+
+        Of those whose first step comes now, copy weights and buffers; nothing is known of them.
+        """
         state = self.inner.state
+        taking.clear()
         for group in self.inner.param_groups:
             for p in group["params"]:
-                if p.grad is None or SLOW in state.get(p, ()) or p in fresh:
+                if p.grad is None:
                     continue
-                fresh[p] = {SLOW: p.detach().clone(), STEP: 0}
-                if self.pullback == "pullback":
-                    fresh[p] |= {_slow(name): buffer.clone() for name, buffer in self._buffers(p, BUFFERS)}
+                entry = state.get(p)
+                if entry is not None and SLOW in entry:
+                    taking.append((p, entry))
+                    continue
+                taking.append((p, None))
+                if id(p) not in fresh:
+                    fresh[id(p)] = {SLOW: p.detach().clone(), STEP: 0}
+                    if self.pullback == "pullback":
+                        fresh[id(p)] |= {_slow(name): buffer.clone() for name, buffer in self._buffers(p, BUFFERS)}
 
     def _buffers(self, p: Tensor, names: Iterable[str]) -> list[tuple[str, Tensor]]:
         entry = self.inner.state.get(p, {})

@@ -193,7 +193,8 @@ class _Result:
         spec: how they go together.
         random: the random numbers after it; None where it draws none.
         tensors: those to keep, while the block runs.
-        saved: holds them from then on; None where nobody asks for the result.
+        saved: what holds them from then on; None where nobody asks for the result. Its node alone would not do: before
+            torch 2.13, that lets go of them when the tensor that it belongs to is gone.
         changes: how often a kept result is going to be changed in place, which has happened to it already.
     """
 
@@ -209,7 +210,7 @@ class _Result:
         if keep:
             # Saved as autograd saves: its hooks see them, and it notices if one is changed before it is used.
             tensors = [tensor.detach() for tensor in self.tensors]
-            self.saved = _Saved.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn  # type: ignore[union-attr]
+            self.saved = _Saved.apply(torch.empty(0, requires_grad=True), *tensors)
             self.changes = changes
         self.tensors = []
 
@@ -220,7 +221,7 @@ class _Result:
         if self.saved is None:
             leaves = [leaf.blank() if isinstance(leaf, _Form) else leaf for leaf in self.leaves]
         else:
-            tensors = iter(self.saved.saved_tensors)
+            tensors = iter(self.saved.grad_fn.saved_tensors)
             leaves = [next(tensors) if isinstance(leaf, _Form) else leaf for leaf in self.leaves]
         return tree_unflatten(leaves, self.spec)
 

@@ -25,6 +25,7 @@ from ..errors import InputError
 from .bases import TechniqueMixin
 from .checkpoints import synced_checkpoint_engine
 from .gloo import suit_deepspeed, without_shared_memory
+from .loss_scale import LossScale
 from .technique import Technique
 from .zero_checkpoints import ZeroCheckpoints
 
@@ -48,6 +49,14 @@ class ZeroPrecision(DeepSpeedPrecision):
         if model.automatic_optimization:
             engine.set_gradient_accumulation_boundary(not model.trainer.fit_loop._should_accumulate())
         engine.backward(tensor, *args, scale_wrt_gas=False, **kwargs)
+
+    def optimizer_step(self, optimizer: Any, model: pl.LightningModule, closure: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Let the engine take a step; the scale of the loss follows what became of it."""
+        result = super().optimizer_step(optimizer, model, closure, **kwargs)
+        scale: LossScale | None = model.trainer.strategy.loss_scale  # type: ignore[attr-defined]
+        if scale is not None:
+            scale.update()
+        return result
 
 
 class Zero(ZeroCheckpoints):
@@ -214,9 +223,25 @@ class Zero(ZeroCheckpoints):
         optimizer, scheduler = super()._init_optimizers()
         return self.wrap_optimizer(optimizer), scheduler
 
+    def init_deepspeed(self) -> None:
+        """Make the engine, as if it were the first of this process."""
+        from deepspeed.runtime import torch_autocast
+
+        # DeepSpeed remembers the autocast of an engine for all that come after it.
+        torch_autocast.TORCH_AUTOCAST_INITIALIZED, torch_autocast.TORCH_AUTOCAST_DTYPE = False, None
+        module = self.lightning_module
+        assert module is not None
+        if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+            # A former run has divided it, and Lightning has left it on the CPU, with what DeepSpeed expects on the GPU.
+            module.to(self.root_device)
+        self.loss_scale = None
+        super().init_deepspeed()
+
     def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any | None = None) -> Any:
         engine, optimizer = super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
         engine.checkpoint_engine = synced_checkpoint_engine()
+        if self.precision_plugin.precision == "16-mixed":
+            self.loss_scale = LossScale(engine.optimizer)
         for buffer in model.buffers():  # the engine does so for parameters, DDP for both
             torch.distributed.broadcast(buffer, src=0)
         return engine, optimizer

@@ -30,6 +30,7 @@ from .checkpoints import (
     tensors_only,
     unwritten,
 )
+from .loss_scale import LossScale
 from .reshape import Elements, Fragment, Saved, check_optimizers, load_weights, put_weights, read_saved, shares
 
 LOSS_SCALE = "MixedPrecision"
@@ -40,6 +41,7 @@ class ZeroCheckpoints(TechniqueMixin, DeepSpeedStrategy):
     """The part of `Zero` that writes its checkpoints, and divides those of others among its processes."""
 
     stage: int
+    loss_scale: LossScale | None = None  # at 16-mixed, once the engine is there
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Save a directory, one part per process, whole or not at all.
@@ -53,8 +55,8 @@ class ZeroCheckpoints(TechniqueMixin, DeepSpeedStrategy):
         partial = partial_path(path)
         ours = {"state_dict", "optimizer_states"}  # the engine writes these, divided
         client_state = {key: value for key, value in self.annotate(checkpoint).items() if key not in ours}
-        if self._loss_scale is not None:
-            client_state[LOSS_SCALE] = self._loss_scale.state_dict()
+        if self.loss_scale is not None:
+            client_state[LOSS_SCALE] = self.loss_scale.state_dict()
         engine: Any = self.deepspeed_engine
         engine.checkpoint_engine.failure = None
         if self.is_global_zero:
@@ -127,14 +129,9 @@ class ZeroCheckpoints(TechniqueMixin, DeepSpeedStrategy):
             checkpoint = saved.rest
         self.restore_run(path, checkpoint[KEY])
         self.restore_exchange(description)
-        if self._loss_scale is not None and LOSS_SCALE in checkpoint:
-            self._loss_scale.load_state_dict(checkpoint[LOSS_SCALE])
+        if self.loss_scale is not None and LOSS_SCALE in checkpoint:
+            self.loss_scale.load_state_dict(checkpoint[LOSS_SCALE])
         return checkpoint
-
-    @property
-    def _loss_scale(self) -> torch.amp.GradScaler | None:
-        """What scales the loss at 16-mixed; DeepSpeed itself does not save it."""
-        return getattr(self.deepspeed_engine.optimizer, "torch_autocast_gradscaler", None)
 
     def _divide(self, saved: Saved, description: Mapping[str, Any]) -> None:
         """Put this process' share of the weights and of the optimiser's state into the engine."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from kexue.cli import main as cli
 from kexue.cli.cluster import Cluster
@@ -19,6 +20,7 @@ from kexue.cli.job_logs import lines
 from kexue.cli.jobs import Job, find
 from kexue.cli.status import progress
 from kexue.errors import InputError
+from kexue.signals import SparedWorker, spare_workers
 
 SLURM = ["submit", "cluster=slurm", "cluster.device=cpu"]
 
@@ -284,6 +286,50 @@ def test_kexue_fit_ends_with_75_and_continues(number: int, tmp_path: Path) -> No
     )
     steps = [int(row.split(",")[0]) for row in rows[1:] if row.split(",")[0] and row.split(",")[column]]
     assert sorted(set(steps)) == list(range(saved + 2))
+
+
+def test_a_signal_to_every_process_of_a_run_does_not_cost_it_its_workers(tmp_path: Path) -> None:
+    """Schedulers signal workers of loaders too; torch lets those die of SIGTERM."""
+    words = [*SMALL, "trainer.accelerator=cpu", "trainer.max_epochs=100000", "data.num_workers=2"]
+    command = [sys.executable, "-m", "kexue.cli", "fit", *words, f"run_dir={tmp_path}/run"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    end = time.monotonic() + 300
+    while not progress(tmp_path / "run"):
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 75, errors
+    assert "asked to stop (SIGTERM) at step" in errors
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # nobody is left
+
+
+class Held(torch.utils.data.Dataset):
+    """Rows of which one never comes."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        return signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_the_second_signal_ends_a_worker_as_ever() -> None:
+    begun: list[int] = []
+    loader = torch.utils.data.DataLoader(Held(), num_workers=1, worker_init_fn=begun.append)
+    spare_workers(loader)
+    spare_workers(loader)
+    assert isinstance(loader.worker_init_fn, SparedWorker)
+    assert loader.worker_init_fn.begin == begun.append
+    iterator = iter(loader)
+    assert bool(next(iterator))
+    with pytest.raises(RuntimeError, match="killed by signal|exited unexpectedly"):
+        next(iterator)
+    spare_workers(range(3))  # no loader of torch's
 
 
 @pytest.mark.slow

@@ -34,11 +34,9 @@ class Scale(pl.Callback):
         self.seen: dict[str, Any] = {}
 
     @staticmethod
-    def _scaler(trainer: pl.Trainer) -> torch.amp.GradScaler:
+    def _scaler(trainer: pl.Trainer) -> Any:
         strategy: Any = trainer.strategy
-        if strategy.name == "ddp":
-            return trainer.precision_plugin.scaler  # type: ignore[attr-defined]
-        return strategy.deepspeed_engine.optimizer.torch_autocast_gradscaler
+        return trainer.precision_plugin.scaler if strategy.name == "ddp" else strategy.loss_scale  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
         scaler = self._scaler(trainer)

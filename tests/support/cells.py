@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.precision import DeepSpeedPrecision, MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -167,6 +168,18 @@ class ManualModule(PlainModule):
             optimizer.zero_grad()  # type: ignore[union-attr]
 
 
+class SpikyModule(PlainModule):
+    """Two groups of parameters, and a batch on the last process at which gradients overflow in float16."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * 1e6 if batch_idx == 4 and RANK == WORLD - 1 else loss
+
+    def configure_optimizers(self) -> Any:
+        (first, *rest) = self.parameters()
+        return torch.optim.SGD([{"params": rest, "lr": self.lr / 2}, {"params": [first]}], lr=self.lr)
+
+
 class TransformerModule(Classifier):
     """A kexue Transformer of any kind with its token scores, built where strategies expect it."""
 
@@ -204,6 +217,7 @@ MODULES = {
     "shared": SharedModule,
     "bert": BertModule,
     "manual": ManualModule,
+    "spiky": SpikyModule,
     "transformer": TransformerModule,
 }
 
@@ -271,7 +285,7 @@ def train(
             max_steps=max_steps,
             accumulate_grad_batches=accumulate,
             gradient_clip_val=clip,
-            precision=precision,
+            **_precision(base, precision),
             callbacks=callbacks,
             default_root_dir=folder,
             logger=False,
@@ -290,10 +304,20 @@ def train(
     result = {"losses": _mean_over_ranks(model.losses, world), "step": trainer.global_step}
     result["weights"] = full_weights(model)
     result["buffers"] = {name: buffer.clone().numpy(force=True) for name, buffer in model.named_buffers()}
+    result["scale"] = _scale_of(trainer)
     result["drift"] = _drift(result["weights"], world)
     result["state"] = technique_state(getattr(chosen, "techniques", ()))
     result["warnings"] = list(dict.fromkeys(str(warning.message) for warning in caught))
     return result
+
+
+def _precision(base: str, precision: Any) -> dict[str, Any]:
+    """Arguments of a Trainer; on a CPU Lightning turns 16-mixed into bf16-mixed, unless it is given as a plugin."""
+    if precision != "16-mixed" or ACCELERATOR != "cpu":
+        return {"precision": precision}
+    if base.startswith("zero"):
+        return {"plugins": [DeepSpeedPrecision("16-mixed")]}
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]}
 
 
 def technique_state(techniques: Sequence[Any]) -> list[Any]:
@@ -310,6 +334,14 @@ def _as_bytes(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_as_bytes(entry) for entry in value]
     return value.numpy(force=True).tobytes() if isinstance(value, Tensor) else value
+
+
+def _scale_of(trainer: pl.Trainer) -> float | None:
+    """The scale of the loss at 16-mixed."""
+    for owner, name in ((trainer.strategy, "loss_scale"), (trainer.precision_plugin, "scaler")):
+        if getattr(owner, name, None) is not None:
+            return float(getattr(owner, name).state_dict()["scale"])
+    return None
 
 
 def full_weights(model: pl.LightningModule) -> dict[str, Any]:
@@ -364,6 +396,42 @@ def run_all(cells: dict[Any, tuple[tuple[Any, ...], dict[str, Any]]]) -> dict[An
             results[key] = train(*args, **kwargs)
         except Exception as error:
             results[key] = f"{type(error).__name__}: {error}"
+    return results
+
+
+def many_runs(folder: str) -> dict[str, Any]:
+    """Fit, validate, test, predict, fit on, and test a saved checkpoint, all in one process and on each base."""
+    warnings.filterwarnings("ignore")
+    results: dict[str, Any] = {}
+    for base in BASES:
+        pl.seed_everything(3, verbose=False)
+        model = PlainModule(optimizer="sgd")
+        trainer = pl.Trainer(
+            accelerator=ACCELERATOR,
+            devices=WORLD,
+            strategy=make_strategy(base, []),
+            max_epochs=2,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+        )
+        train, rest = loader(RANK, WORLD, 24, 4), loader(RANK, WORLD, 24, 4)
+        trainer.fit(model, train, rest)
+        found = {"fit": trainer.callback_metrics["val/loss"].item()}
+        path = f"{folder}/{base}.ckpt"
+        trainer.save_checkpoint(path)
+        found["validate"] = trainer.validate(model, rest, verbose=False)[0]["val/loss"]
+        found["test"] = trainer.test(model, rest, verbose=False)[0]["val/loss"]
+        found["predictions"] = torch.cat(trainer.predict(model, loader(RANK, WORLD, 24, 4))).tolist()  # type: ignore[arg-type]
+        trainer.fit_loop.max_epochs = 4
+        trainer.fit(model, train, rest)
+        found["fit_on"] = trainer.callback_metrics["val/loss"].item()
+        found["weights"] = {name: value.sum().item() for name, value in full_weights(model).items()}
+        found["test_saved"] = trainer.test(model, rest, ckpt_path=path, verbose=False)[0]["val/loss"]
+        results[base] = found
     return results
 
 
