@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow matrix cluster setup setup-dev lint bench clean
+.PHONY: demo test slow matrix cluster gpu setup setup-dev lint bench clean
 
 # Install, then train the built-in default on scikit-learn's digits.
 demo: setup
@@ -22,6 +22,10 @@ matrix: setup-dev
 # Jobs on a private SLURM of two nodes; needs root, and: apt-get install slurm-wlm munge
 cluster: setup-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster
+
+# On a CUDA device; the rest of the tests need none.
+gpu: setup-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu
 
 lint: setup-dev
 	$(BIN)/ruff check .

@@ -95,7 +95,7 @@ class SparedWorker:
 
 
 def spare_workers(loader: Any) -> None:
-    """Let the worker processes of a torch DataLoader live through a first stop signal; other objects stay as they are."""
+    """Let worker processes of a torch DataLoader live through a first stop signal; other objects stay as they are."""
     if not getattr(loader, "num_workers", 0) or not hasattr(loader, "worker_init_fn"):
         return
     if not isinstance(loader.worker_init_fn, SparedWorker):

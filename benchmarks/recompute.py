@@ -277,8 +277,9 @@ def theirs() -> list[Way]:
         return module.encoder(hidden).last_hidden_state
 
     def apply() -> Callable[[], None]:
-        module.activation_checkpointing_enable()
-        return module.activation_checkpointing_disable
+        name = "activation" if hasattr(module, "activation_checkpointing_enable") else "gradient"
+        getattr(module, f"{name}_checkpointing_enable")()
+        return getattr(module, f"{name}_checkpointing_disable")
 
     return [
         Way("transformers, plain", module, forward, lambda: lambda: None),

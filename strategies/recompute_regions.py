@@ -83,7 +83,15 @@ class Region:
         return self._results.get(key)
 
 
-class _Recorder(TorchDispatchMode):
+class _Eager(TorchDispatchMode):
+    """A mode that a compiler never sees, which spares each operation a wrapper that says so."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class _Recorder(_Eager):
     """The first run."""
 
     def __init__(self, region: Region, tape: Tape) -> None:
@@ -120,7 +128,7 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
-class _Replayer(TorchDispatchMode):
+class _Replayer(_Eager):
     """The second run, of which there may be several."""
 
     def __init__(self, region: Region, again: AbstractContextManager) -> None:

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -130,7 +129,8 @@ class Tape:
     """
 
     def __init__(self, block: nn.Module, marked: Set[str] = frozenset()) -> None:
-        self.block, self.marked = block, marked
+        self.marked = marked
+        self._divided = divided_tensors(block)
         self.products: list[Product] = []
         # For each storage, the products that its values depend on without another between.
         self._sources: dict[int, frozenset[int]] = {}
@@ -228,9 +228,9 @@ class Tape:
 
     def _are_gathered(self, allocated: Set[int]) -> bool:
         """Whether storages made within the block are parameters: ZeRO stage 3 gathers them there."""
-        if not allocated:
+        if not allocated or not self._divided:
             return False
-        return allocated <= {address(tensor) for tensor in chain(self.block.parameters(), self.block.buffers())}
+        return allocated <= {address(tensor) for tensor in self._divided}
 
     def _storages(self, values: Any) -> dict[int, int]:
         """Storages of all tensors in nested lists, with their bytes."""
@@ -244,6 +244,12 @@ class Tape:
             if storage._cdata not in self._seen:
                 self._seen[storage._cdata] = StorageWeakRef(storage)
         return found
+
+
+def divided_tensors(block: nn.Module) -> list[Tensor]:
+    """Parameters and buffers of a block of which ZeRO stage 3 has divided some; none where it has divided nothing."""
+    found = list(block.parameters())
+    return [*found, *block.buffers()] if any(hasattr(parameter, "ds_id") for parameter in found) else []
 
 
 def needed(

@@ -314,19 +314,19 @@ class Held(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> int:
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.1)
-        return signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        time.sleep(1.0)
+        return int(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
 
 
 def test_the_second_signal_ends_a_worker_as_ever() -> None:
     begun: list[int] = []
-    loader = torch.utils.data.DataLoader(Held(), num_workers=1, worker_init_fn=begun.append)
+    loader = torch.utils.data.DataLoader(Held(), batch_size=None, num_workers=1, worker_init_fn=begun.append)
     spare_workers(loader)
     spare_workers(loader)
     assert isinstance(loader.worker_init_fn, SparedWorker)
     assert loader.worker_init_fn.begin == begun.append
     iterator = iter(loader)
-    assert bool(next(iterator))
+    assert next(iterator) == 1
     with pytest.raises(RuntimeError, match="killed by signal|exited unexpectedly"):
         next(iterator)
     spare_workers(range(3))  # no loader of torch's

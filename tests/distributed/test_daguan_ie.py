@@ -18,6 +18,8 @@ from kexue.lightning_modules.extraction import DaguanIE
 from kexue.lightning_modules.pretraining import MaskedLM
 from kexue.strategies import Lookahead, StartFrom
 
+pytestmark = pytest.mark.slow
+
 MODELS: dict[str, dict[str, Any]] = {
     "crf": {"head": "crf", "encoder_rate": 0.5, "layer_decay": 0.5, "crf_rate": 2.0},
     "span": {"head": "span", "trunk": "convolution", "trunk_layers": 2, "encoder_rate": 0.5},

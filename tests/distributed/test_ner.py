@@ -18,6 +18,8 @@ from kexue.data.events import EventDataModule
 from kexue.data.ner import NerDataModule
 from kexue.lightning_modules.extraction import Lic2020Event
 
+pytestmark = pytest.mark.slow
+
 MODELS: dict[str, Any] = {**ENTITIES, "lic2020_event": functools.partial(Lic2020Event, output="multi", crf_rate=2.0)}
 
 CELLS = [

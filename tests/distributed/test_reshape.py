@@ -104,6 +104,7 @@ def check(found: dict[Any, Any], whole: dict[Any, Any]) -> None:
             assert run["buffers"]["steps"] == 8
 
 
+@pytest.mark.slow
 def test_from_two_processes_to_one(tmp_path: Path) -> None:
     """The quick core: every base is read, a directory and a file are written to."""
     sources = [("ddp", "lookahead", 3), ("zero_2", "ema", 3), ("zero_3", "momentum", 4)]
@@ -262,6 +263,7 @@ KINDS = ("buckets", "torch")
 COUNT = 61
 
 
+@pytest.mark.slow
 def test_every_row_is_seen_once_over_three_numbers_of_processes(tmp_path: Path) -> None:
     """2 processes with batches of 5, then 3 with batches of 4, then 1 with batches of 6, in one epoch."""
     path = {(kind, leg): str(tmp_path / f"{kind}-{leg}.ckpt") for kind in (*KINDS, "own") for leg in range(3)}

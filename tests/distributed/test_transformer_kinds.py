@@ -9,6 +9,8 @@ import pytest
 from cells import differences, run_all
 from ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 KINDS: dict[str, dict[str, Any]] = {
     "softmax": {},
     "learned_post": {"positions": "learned", "norm": "post", "num_segments": 2},

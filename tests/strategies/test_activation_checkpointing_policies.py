@@ -488,6 +488,7 @@ def test_tensors_of_a_cpu_stay_where_they_are() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_inputs_wait_in_the_hosts_memory() -> None:
     net = Net().cuda()
     checkpoint_blocks(net.blocks(), Offload())
