@@ -306,28 +306,28 @@ def test_a_signal_to_every_process_of_a_run_does_not_cost_it_its_workers(tmp_pat
         os.killpg(process.pid, 0)  # nobody is left
 
 
-class Held(torch.utils.data.Dataset):
-    """Rows of which one never comes."""
+class Signalled(torch.utils.data.Dataset):
+    """Two rows, at each of which a signal arrives."""
 
     def __len__(self) -> int:
         return 2
 
     def __getitem__(self, index: int) -> int:
+        time.sleep(2.0 * index)  # the row before is on its way
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1.0)
         return int(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
 
 
 def test_the_second_signal_ends_a_worker_as_ever() -> None:
     begun: list[int] = []
-    loader = torch.utils.data.DataLoader(Held(), batch_size=None, num_workers=1, worker_init_fn=begun.append)
+    loader = torch.utils.data.DataLoader(Signalled(), batch_size=None, num_workers=1, worker_init_fn=begun.append)
     spare_workers(loader)
     spare_workers(loader)
     assert isinstance(loader.worker_init_fn, SparedWorker)
     assert loader.worker_init_fn.begin == begun.append
     iterator = iter(loader)
     assert next(iterator) == 1
-    with pytest.raises(RuntimeError, match="killed by signal|exited unexpectedly"):
+    with pytest.raises(RuntimeError, match=r"killed by signal|exited unexpectedly"):
         next(iterator)
     spare_workers(range(3))  # no loader of torch's
 
