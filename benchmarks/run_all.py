@@ -86,8 +86,10 @@ NEED_DATA += tuple(name for name in LONG if name.startswith(("ner_", "extraction
 REMARKS = {
     "loop_overhead": (
         "The overhead does not depend on the model; two images a batch leave its own noise small. The clock of this "
-        "machine moves by a third between turns: compare the fastest turns, and the calls. On 20 November, at 5628 "
-        "calls a step and with Lightning lean at 0.85 ms, kexue's default took 0.96 +- 0.08 ms."
+        "machine moves by a third between turns: compare contenders of one run, the fastest turns, and the calls. "
+        "Three other runs gave kexue's default 0.86, 1.22 and 1.25 ms beside 0.99, 1.38 and 1.23 ms of Lightning lean, "
+        "the last two with other work on the machine. Where the model is one layer, so that caches stay warm, they are "
+        "0.46 and 0.68 ms."
     ),
     "extraction_peer_duie": "Scores after the last of 5 epochs on the dev sample; a run for each, one seed.",
     "extraction_peer_weibo": "Scores after the last epoch, medians of two seeds.",
@@ -130,7 +132,7 @@ def sections(scripts: dict[str, list[str]]) -> list[str]:
     """The page: a table for every result, with its date and the command that gives it."""
     parts = [
         "# Benchmarks\n",
-        "CPU only, one thread a process unless a table says otherwise. `make bench` runs those that take minutes and "
+        "CPU, one thread a process, unless a table says otherwise. `make bench` runs those that take minutes and "
         "writes this page; `KEXUE_DATA` names the folder of real data.\n",
     ]
     for name, (script, *arguments) in scripts.items():
