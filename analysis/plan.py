@@ -30,7 +30,7 @@ class Device(NamedTuple):
         link: bytes/s to other devices, in one direction.
         host_link: bytes/s to the host's memory, in one direction.
         source: where the figures are from.
-        bucket: values that ZeRO gathers before it sends them, Lightning's default.
+        bucket: values that ZeRO gathers before it sends them, at most: Lightning's default, or all that are trained.
         buckets: how many of them, to fill one while the other is sent (stages 1 and 2).
     """
 
@@ -212,7 +212,7 @@ def _communication_buffers(job: Job, strategy: Strategy, devices: int, device: D
         return 0
     if not strategy.stage:
         return job.trained * weight  # DDP's buckets hold all gradients once more
-    return device.bucket * weight * (1 if strategy.stage == 3 else device.buckets)
+    return min(device.bucket, job.trained) * weight * (1 if strategy.stage == 3 else device.buckets)
 
 
 def _seconds(job: Job, cost: StepCost, strategy: Strategy, devices: int, device: Device, precision: Precision) -> float:

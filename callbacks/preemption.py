@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.trainer.connectors.signal_connector import _SignalConnector
 from pytorch_lightning.trainer.states import TrainerFn
 
-from ..signals import Preempted, StopRequest, installed
+from ..signals import Preempted, StopRequest, installed, spare_workers
 from .checkpoints import Checkpoints
 from .light_loop import skip_unused_hooks
 
@@ -80,6 +80,20 @@ class Preemption(pl.Callback):
         self._stopping = False
         # Lightning's own agreement: a broadcast before each batch, whose result the host waits for.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+        self._spare_workers_of(trainer.strategy)
+
+    @staticmethod
+    def _spare_workers_of(strategy: Any) -> None:
+        """Let the workers of loaders that the strategy sees from now on live through a first signal."""
+        if "process_dataloader" in vars(strategy):
+            return
+        process = strategy.process_dataloader
+
+        def spared(loader: object) -> object:
+            spare_workers(loader)
+            return process(loader)
+
+        strategy.process_dataloader = spared
 
     # Agreement
 

@@ -13,7 +13,6 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.trainer.states import TrainerFn
 
-from ..signals import spare_workers
 from .last_metrics import let_schedulers_look, recall
 from .resume import (
     Position,
@@ -56,8 +55,7 @@ class PositionMixin(Strategy):
         return self._positions[-len(combined.flattened) :] if combined is not None else []
 
     def process_dataloader(self, dataloader: object) -> object:
-        """Make the training loader resumable; workers of any loader live through a first signal to stop."""
-        spare_workers(dataloader)
+        """Make the training loader resumable; other loaders stay as they are."""
         dataloader = super().process_dataloader(dataloader)
         trainer = self._trainer
         if trainer is None or trainer.state.fn != TrainerFn.FITTING or not trainer.training:

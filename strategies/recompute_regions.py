@@ -78,6 +78,11 @@ class Region:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)] if self.keep(operation) else []
         self._results[operation.key] = _Result(forms, spec, random, tensors)
 
+    @property
+    def has_results(self) -> bool:
+        """Whether anything stands for a product in a second run: else it is a plain one."""
+        return bool(self._results)
+
     def result(self, key: Key) -> _Result | None:
         """What stands for a product in a second run; None if it has to run."""
         return self._results.get(key)
@@ -136,16 +141,20 @@ class _Replayer(_Eager):
         self.region, self.again = region, again
         self.counts: Counter[str] = Counter()
         self.changes: dict[int, int] = {}  # by storage of a kept result: changes in place that it has behind it
+        self.followed = True
 
     def __enter__(self) -> _Replayer:
         self.counts.clear()
         self.changes.clear()
         self.again.__enter__()
-        super().__enter__()
+        self.followed = self.region.has_results
+        if self.followed:
+            super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        if self.followed:
+            super().__exit__(*error)
         self.again.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -110,6 +110,7 @@ class Zero(ZeroCheckpoints):
         self.config["zero_force_ds_cpu_optimizer"] = False
         self._chosen = {*kwargs, *(config or {}).get("zero_optimization", {})}
         self.config = _overlay(self.config, config or {})
+        self._bucket = self.config["zero_optimization"]["reduce_bucket_size"]
         self._carry(techniques)
 
     # The process: GPUs as in Lightning, CPU processes besides
@@ -205,7 +206,16 @@ class Zero(ZeroCheckpoints):
         ):
             # Nobody asks for the norm, and with it DeepSpeed skips steps whose gradients are not finite, silently.
             chosen["compute_grad_norm"] = False
+        trained = self._trained()
+        if trained:  # a bucket is memory, whether it is filled or not
+            chosen["reduce_bucket_size"] = min(chosen.get("reduce_bucket_size", self._bucket), trained)
         zero.update({key: value for key, value in chosen.items() if key not in self._chosen})
+
+    def _trained(self) -> int:
+        """Number of weights that are trained, on all processes together; 0 while the module is not built."""
+        module = self.lightning_module
+        assert module is not None
+        return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if p.requires_grad)
 
     # Techniques
 
@@ -245,6 +255,12 @@ class Zero(ZeroCheckpoints):
         for buffer in model.buffers():  # the engine does so for parameters, DDP for both
             torch.distributed.broadcast(buffer, src=0)
         return engine, optimizer
+
+    def teardown(self) -> None:
+        """Take DeepSpeed's hooks off the parameters: they would go on gathering gradients in another engine's run."""
+        super().teardown()
+        for hook in getattr(getattr(self.model, "optimizer", None), "_grad_acc_hooks", ()):
+            hook.remove()
 
     def _initialize_deepspeed_inference(self, model: Any) -> None:
         if self.stage < 3:
