@@ -119,6 +119,7 @@ class ActivationCheckpointing(Technique):
 
     def attach(self, module: pl.LightningModule) -> None:
         self._attached = find_blocks(module, self.blocks)[:: self.every]
+        _warn_of_one_region(module, self._attached)
         if self._allowed is None:
             if self.policy == "offload" and _runs_on_cpu(module):
                 rank_zero_warn(
@@ -198,6 +199,17 @@ def _largest(costs: StepCosts) -> StepCosts:
 def _named(module: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, nn.Module]:
     names = {child: name for name, child in module.named_modules()}
     return {names[block]: block for block in blocks}
+
+
+def _warn_of_one_region(module: nn.Module, blocks: list[nn.Module]) -> None:
+    """Say that recomputing everything at once saves nothing: its activations are all there again in the second run."""
+    every = {id(parameter) for parameter in module.parameters()}
+    if len(blocks) == 1 and every and every == {id(parameter) for parameter in blocks[0].parameters()}:
+        name = next(name for name, child in module.named_modules() if child is blocks[0])
+        rank_zero_warn(
+            f"ActivationCheckpointing: the one block {name!r} holds all of {type(module).__name__}, so all of its "
+            "activations are there at once when it runs again; name the repeated blocks inside it."
+        )
 
 
 def _runs_on_cpu(module: pl.LightningModule) -> bool:

@@ -69,6 +69,7 @@ class EMA(Technique):
     """
 
     copies = (AVERAGE,)
+    follows = ("Lookahead",)
 
     def __init__(self, decay: float = 0.999, warmup: bool = True) -> None:
         if not 0.0 <= decay < 1.0:

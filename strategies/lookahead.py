@@ -212,11 +212,23 @@ class LookaheadOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimiser's state, which holds the slow weights and counters."""
-        return self.inner.state_dict()
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state = self.inner.state_dict()
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state)
+            state = state if changed is None else changed
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state with or without slow weights; without, they start anew from the current weights."""
+        state_dict = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         self.inner.load_state_dict(state_dict)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"inner": self.inner, "k": self.k, "alpha": self.alpha, "pullback": self.pullback}

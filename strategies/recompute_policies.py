@@ -7,7 +7,7 @@ Source: T. Chen et al. "Training Deep Nets with Sublinear Memory Cost" (arXiv 16
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -40,7 +42,8 @@ class Recompute:
     def __init__(self, block: nn.Module, policy: Policy) -> None:
         self.block, self.policy = block, policy
         self.forward = block.forward
-        self.norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+        self.norms = [module for module in block.modules() if isinstance(module, _NormBase)]
+        self.iterated = list(_power_vectors(block))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not (torch.is_grad_enabled() and self.block.training):
@@ -52,26 +55,39 @@ class Recompute:
                     "training, which would grow twice; train without it (use_cache=False)."
                 )
         # A compiler follows no second run of which the statistics are frozen.
-        options = self.policy.compiled() if torch.compiler.is_compiling() and not self.norms else None
+        plain = torch.compiler.is_compiling() and not self.norms and not self.iterated
+        options = self.policy.compiled() if plain else None
         if options is None:
             return _run_eagerly(self, args, kwargs)  # pyright: ignore[reportCallIssue]
         return checkpoint(self.forward, *args, use_reentrant=False, **options, **kwargs)  # pyright: ignore[reportCallIssue]
 
     def second_run(self) -> AbstractContextManager:
-        """What is entered around each second run."""
-        return FrozenStatistics(self.norms) if self.norms else nullcontext()
+        """What is entered around each second run of a run that is about to begin."""
+        if not self.norms and not self.iterated:
+            return nullcontext()
+        return FrozenStatistics(self.norms, self.iterated)
 
 
 class FrozenStatistics:
-    """Keeps BatchNorm from counting a batch twice: in training mode its output does not depend on the running values.
+    """Keeps a second run from counting a batch twice, in norms with running values and in spectral norms.
 
-    A momentum of 0 leaves them where they are; the layer still saves the same tensors for its backward pass.
+    In training mode the output of BatchNorm and InstanceNorm does not depend on the running values: a momentum of 0
+    leaves them where they are, and the layer still saves the same tensors for its backward pass. A spectral norm takes
+    its next iteration from where it was before the first run, and is then put where it has come to since.
+
+    Args:
+        norms: of the block.
+        iterated: vectors of its spectral norms.
     """
 
-    def __init__(self, norms: Sequence[_BatchNorm]) -> None:
-        self.norms = norms
+    def __init__(self, norms: Sequence[_NormBase], iterated: Sequence[Tensor]) -> None:
+        self.norms, self.iterated = norms, iterated
+        self.start = [vector.clone() for vector in iterated]
 
     def __enter__(self) -> None:
+        self.reached = [vector.clone() for vector in self.iterated]
+        for vector, start in zip(self.iterated, self.start, strict=True):
+            vector.copy_(start)
         tracked = [norm for norm in self.norms if norm.track_running_stats and norm.training]
         self.before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in tracked]  # type: ignore[union-attr]
         for norm in tracked:
@@ -81,6 +97,18 @@ class FrozenStatistics:
         for norm, momentum, batches in self.before:
             norm.momentum = momentum  # type: ignore[assignment]
             norm.num_batches_tracked.copy_(batches)  # type: ignore[union-attr]
+        for vector, reached in zip(self.iterated, self.reached, strict=True):
+            vector.copy_(reached)
+
+
+def _power_vectors(block: nn.Module) -> Iterator[Tensor]:
+    """The vectors that spectral norms in a block iterate, of both of torch's forms."""
+    for module in block.modules():
+        if isinstance(module, _SpectralNorm):
+            yield from (module._u, module._v)
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, SpectralNorm):
+                yield from (getattr(module, f"{hook.name}_{vector}") for vector in "uv")
 
 
 class Policy(ABC):
@@ -157,6 +185,9 @@ class Offload(Full):
     def run(self, recompute: Recompute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with torch.autograd.graph.saved_tensors_hooks(to_host, to_device):
             return super().run(recompute, args, kwargs)
+
+    def compiled(self) -> None:
+        """Nothing: a compiler would keep the inputs where they are."""
 
 
 @dataclass

@@ -34,6 +34,9 @@ class Technique:
     """Keys of the optimiser's state under which it keeps copies of the weights: where ZeRO joins a parameter that has
     none yet to others that do, its own weights stand for it."""
 
+    follows: tuple[str, ...] = ()
+    """Techniques that have to come before this one in the list, where they are in it at all."""
+
     def attach(self, module: pl.LightningModule) -> None:
         """Change the module in place."""
 
@@ -78,7 +81,7 @@ def check_techniques(owner: str, techniques: Iterable[Technique]) -> tuple[Techn
 
     Raises:
         TypeError: If one of them is not a `Technique` instance, or one kind is given twice.
-        InputError: If two of them name weights to evaluate.
+        InputError: If two of them name weights to evaluate, or one comes before another that it has to follow.
     """
     techniques = tuple(techniques)
     for technique in techniques:
@@ -90,6 +93,10 @@ def check_techniques(owner: str, techniques: Iterable[Technique]) -> tuple[Techn
         if kinds.count(kind) > 1:
             times = kinds.count(kind)
             raise TypeError(f"{owner}(techniques=[...]): {kind.__name__} is given {times} times, give it once.")
+    names = [kind.__name__ for kind in kinds]
+    for place, technique in enumerate(techniques):
+        if late := next((name for name in names[place + 1 :] if name in technique.follows), None):
+            raise InputError(f"{owner}(techniques=[...]): give {late} before {names[place]}, which looks at its steps.")
     own = [type(technique).__name__ for technique in techniques if technique.evaluates]
     if len(own) > 1:
         raise InputError(

@@ -16,6 +16,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.seed import reset_seed
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from pytorch_lightning.accelerators.cuda import CUDAAccelerator
 from pytorch_lightning.plugins.precision.deepspeed import DeepSpeedPrecision
 from pytorch_lightning.strategies import DeepSpeedStrategy
@@ -105,6 +106,12 @@ class Zero(ZeroCheckpoints):
             stage=stage, offload_optimizer=offload_optimizer, offload_parameters=offload_parameters, **kwargs
         )
         self.stage = stage
+        for flag in ("partition_activations", "cpu_checkpointing"):
+            if kwargs.get(flag):
+                rank_zero_warn(
+                    f"Zero({flag}=True) speaks to modules that call deepspeed.checkpointing themselves, and to no "
+                    "other; ActivationCheckpointing(policy='offload') keeps inputs of blocks in the host's memory."
+                )
         assert isinstance(self.config, dict)
         # The optimiser is the module's own (torch's, perhaps wrapped), not DeepSpeed's CPU Adam.
         self.config["zero_force_ds_cpu_optimizer"] = False

@@ -2,7 +2,7 @@
 
 `gram[i, j]` is the inner product of the gradients of losses i and j on what the tasks share, parameters or features;
 every function returns the weights of the losses `(T,)`. The functions compute in the matrix's dtype, best float64, and
-on its device. A task without a gradient (missing from the batch) gets weight 0.
+on its device. A task without a gradient (missing from the batch, or behind a head of zeros) gets weight 0.
 
 Source: Su Jianlin, kexue.fm/archives/8870, 8896 and 8907 (gradient norm, MGDA, priority); Sener and Koltun, arXiv
 1810.04650 (MGDA); Yu et al., arXiv 2001.06782 (PCGrad); Liu et al., arXiv 2110.14048 (CAGrad); Liu et al., "Towards
@@ -105,7 +105,7 @@ def gradient_norm_weights(gram: Tensor, keep_length: bool = False) -> Tensor:
     """
     norms = gram.diagonal().sqrt()
     weights = torch.where(norms > 0, 1 / norms, 0.0)
-    return weights * (norms.sum() / (norms > 0).sum()) if keep_length else weights
+    return weights * (norms.sum() / (norms > 0).sum().clamp(min=1)) if keep_length else weights
 
 
 def pcgrad_weights(gram: Tensor, generator: torch.Generator) -> Tensor:
@@ -177,11 +177,18 @@ def _norm_on(support: Tensor, gram: Tensor, products: Tensor, radius: Tensor) ->
 def imtl_g_weights(gram: Tensor) -> Tensor:
     """Return the weights, of sum 1 and any sign, whose combination has the same projection on every gradient."""
     norms = gram.diagonal().sqrt()
+    active = (norms > 0).to(gram.dtype)
     inverse = torch.where(norms > 0, 1 / norms, 0.0)
-    solution = (
-        torch.linalg.pinv(gram * inverse * inverse[:, None], hermitian=True) @ (norms > 0).to(gram.dtype) * inverse
-    )
-    return solution / solution.sum()
+    scaled = gram * inverse * inverse[:, None]
+    solution = torch.linalg.pinv(scaled, hermitian=True) @ active * inverse
+    total = solution.sum()
+    # Gradients whose hull holds 0 have equal projections on no other combination, and none of the form above.
+    largest = inverse.max().clamp(min=torch.finfo(gram.dtype).tiny)
+    bordered = torch.zeros(len(gram) + 1, len(gram) + 1, dtype=gram.dtype, device=gram.device)
+    bordered[:-1, :-1], bordered[:-1, -1], bordered[-1, :-1] = scaled, -active, inverse / largest
+    other = torch.linalg.pinv(bordered)[:-1, -1] * inverse / largest
+    regular = total.abs() > 1e-9 * solution.abs().sum()
+    return torch.where(regular, solution / torch.where(regular, total, 1.0), other)
 
 
 def gradnorm(s: Tensor, norms: Tensor, rates: Tensor, alpha: float = 1.5) -> Tensor:

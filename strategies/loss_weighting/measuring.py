@@ -134,6 +134,11 @@ class AtFeatures:
                 f"{self.who}: the training_step of {self.kind} does not call its task_losses(features, batch), whose "
                 "features this rule looks at; call it there."
             )
+        if not all(call.features.requires_grad for call in calls):
+            raise InputError(
+                f"{self.who}: nothing that is trained comes before the features that task_losses of {self.kind} is "
+                "given, so they have no gradient; use a rule by losses, such as rule='real_time'."
+            )
         rows = calls[0].gradients
         if rows is None:
             rows = gradient_rows(losses, tasks, [call.features for call in calls])
@@ -158,7 +163,7 @@ class AtFeatures:
 
 
 class AtParameters:
-    """At the parameters outside the head that at least two tasks reach, found with the first batch.
+    """At the parameters outside the head that at least two tasks reach, found with the first batches of each task.
 
     Args:
         who: Begins messages.
@@ -167,29 +172,34 @@ class AtParameters:
 
     def __init__(self, who: str, module: pl.LightningModule) -> None:
         self.who, self.module = who, module
+        self._reached: Tensor | None = None  # by task and parameter, on any process so far
         self._shared: list[nn.Parameter] = []
 
     def gram(self, losses: Mapping[str, Tensor], tasks: Sequence[str], calls: Sequence[Call]) -> Tensor:
-        """Return the inner products `(T, T)`."""
+        """Return the inner products `(T, T)`; 0 as long as no parameter is known to be shared."""
+        if self._reached is None or not bool(self._reached.any(1).all()):
+            self._look(losses, tasks)
         if not self._shared:
-            self._shared = self._find_shared(losses, tasks)
+            return next(iter(losses.values())).new_zeros(len(tasks), len(tasks), dtype=torch.float64)
         rows = processes.total(gradient_rows(losses, tasks, self._shared))
         return (rows @ rows.T).double()
 
-    def _find_shared(self, losses: Mapping[str, Tensor], tasks: Sequence[str]) -> list[nn.Parameter]:
+    def _look(self, losses: Mapping[str, Tensor], tasks: Sequence[str]) -> None:
+        """Note what each task of this batch reaches; all processes know the same afterwards."""
         head = getattr(self.module, "head", None)
         own = set(head.parameters()) if isinstance(head, nn.Module) else set()
         parameters = [p for p in self.module.parameters() if p.requires_grad and p not in own]
         reached = torch.zeros(len(tasks), len(parameters), device=parameters[0].device if parameters else None)
         for row, name in zip(reached, tasks, strict=True):
-            if name in losses:
+            if name in losses and parameters:
                 parts = torch.autograd.grad(losses[name], parameters, retain_graph=True, allow_unused=True)
                 row.copy_(torch.tensor([float(part is not None) for part in parts]))
-        times = (processes.total(reached) > 0).sum(0).tolist()
-        shared = [p for p, count in zip(parameters, times, strict=True) if count >= min(2, len(tasks))]
-        if not shared:
+        found = processes.total(reached) > 0
+        self._reached = found if self._reached is None else self._reached | found
+        times = self._reached.sum(0).tolist()
+        self._shared = [p for p, count in zip(parameters, times, strict=True) if count >= min(2, len(tasks))]
+        if not self._shared and (not parameters or bool(self._reached.any(1).all())):
             raise InputError(
                 f"{self.who}: no trained parameter of {type(self.module).__name__} outside its head is shared by two "
                 "tasks; use a rule by losses, such as rule='real_time'."
             )
-        return shared

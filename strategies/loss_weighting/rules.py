@@ -276,7 +276,13 @@ class ByGradients(Rule):
 
     def weigh(self, now: Measurement) -> Tensor:
         assert now.gram is not None
-        return self.solve(now.gram, now)
+        weights = self.solve(now.gram, now)
+        # A task whose gradient is 0, such as one with a head of zeros, has no say in the direction. That its head
+        # learns all the same, it gets the mean weight of the others, or 1.
+        still = now.present & (now.gram.diagonal() == 0)
+        others = (now.present & ~still).sum()
+        mean = weights.sum() / others
+        return torch.where(still, torch.where(mean > 0, mean, 1.0), weights)
 
     def solve(self, gram: Tensor, now: Measurement) -> Tensor:
         """Return the weights for a Gram matrix `(T, T)`."""
@@ -405,6 +411,8 @@ class TorchJd(ByGradients):
     def solve(self, gram: Tensor, now: Measurement) -> Tensor:
         active = gram.diagonal() > 0
         weights = torch.zeros_like(gram[0])
+        if not active.any():
+            return weights
         with torch.random.fork_rng(devices=[]):
             # Some draw from the global generator, which differs between processes.
             torch.default_generator.manual_seed(now.seed)

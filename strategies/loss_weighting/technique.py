@@ -24,6 +24,8 @@ from .rules import EPS, RULES, Measurement
 from .state import LossWeights
 
 CHECK_EVERY = 50
+ROUNDING = 1e-4
+"""So far below 0 may be a loss that is 0: one of float32 from which a lower bound of the same size was taken."""
 Where = Literal["auto", "features", "parameters"]
 
 
@@ -237,8 +239,9 @@ class LossWeighting(Technique):
         if not self._state.rule.positive:
             return means, counts
         # Looking at a number waits for a GPU, so there it is done now and then.
-        if (means.device.type == "cpu" or self._batches % CHECK_EVERY == 1) and bool((means < 0).any()):
-            at = int((means < 0).int().argmax())
+        negative = means < -ROUNDING
+        if (means.device.type == "cpu" or self._batches % CHECK_EVERY == 1) and bool(negative.any()):
+            at = int(negative.int().argmax())
             raise InputError(
                 f"LossWeighting({self.rule!r}): the loss of {tasks[at]!r} is {means[at]:.3g}, and this rule takes "
                 "losses above 0 only; subtract their lower bound, or use rule='mgda'."
