@@ -70,7 +70,7 @@ def test_one_device_and_nothing_that_fits(capsys: pytest.CaptureFixture[str]) ->
     assert cli.main(["plan", "memory=1GiB", "device=rtx4090"]) == 0
     printed = capsys.readouterr().out
     assert "zero_1" not in printed
-    assert "nothing fits: the smallest, single with recomputation full" in printed
+    assert "nothing fits: the smallest, zero_3_offload with recomputation full" in printed
 
 
 def test_modules_that_cannot_be_counted_without_data(capsys: pytest.CaptureFixture[str]) -> None:

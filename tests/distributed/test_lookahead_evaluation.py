@@ -95,10 +95,11 @@ class OneCounter(LookaheadOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        self._copy_fresh(fresh := {})
+        self._look(taking := [], fresh := {})
         self.inner.step()
-        for p, entry in fresh.items():
-            self.inner.state[p].update(entry)
+        for p, entry in taking:
+            if entry is None:
+                self.inner.state[p].update(fresh[id(p)])
         self.count += 1
         if self.count % self.k == 0:
             self._synchronise([p for group in self.param_groups for p in group["params"]])
