@@ -28,6 +28,8 @@ from ..errors import InputError, ProcessDied
 EXIT_CODE = 1
 TURN_SECONDS = 3.0
 """How long a process waits for one of a lower rank to speak, for each rank in between, at most a few times."""
+ENDING_SECONDS = 3.0
+"""How long a process that was killed may take to be gone, after its connections are closed."""
 SPOKEN = "stalled"
 
 
@@ -265,6 +267,11 @@ class _Watch:
                 return ProcessDied(spoken.read_text(encoding="utf-8"), speaks=False)
         before = self._read()
         dead = {rank for rank, sign in before.items() if sign.is_gone()}
+        end = time.monotonic() + ENDING_SECONDS
+        while not dead and _is_of_network(error) and self._has_neighbours(before) and time.monotonic() < end:
+            self.stop.wait(0.05)
+            before = self._read()
+            dead = {rank for rank, sign in before.items() if sign.is_gone()}
         if not dead and _is_of_network(error) and any(sign.is_gone() is None for sign in before.values()):
             self.stop.wait(1.6 * self.interval)
             for rank, sign in self._read().items():
@@ -275,6 +282,10 @@ class _Watch:
         named = " and ".join(f"rank {rank} on {before[rank].host}" for rank in sorted(dead))
         speaks = self.rank == min(set(range(self.world_size)) - dead)
         return ProcessDied(f"{named} died at step {self.own.step}, {self.own.phase}", speaks)
+
+    def _has_neighbours(self, signs: Mapping[int, Sign]) -> bool:
+        """Whether there is another process on this machine: it would be seen to end."""
+        return any(rank != self.rank and sign.is_gone() is False for rank, sign in signs.items())
 
     def _about_dead(self, dead: list[int], signs: Mapping[int, Sign]) -> str:
         named = "; ".join(f"rank {r} on {signs[r].host}, last seen at step {signs[r].step}" for r in dead)

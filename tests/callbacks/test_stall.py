@@ -135,6 +135,20 @@ def test_who_died_is_seen_at_once_on_the_same_machine(tmp_path: Path, ended: Any
     assert own.reason_of(LOST) is None
 
 
+def test_a_process_that_was_killed_may_take_a_while_to_be_gone(tmp_path: Path) -> None:
+    """Its connections are closed before; until it is waited for it is there."""
+    process = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
+    number = (process.pid, psutil.Process(process.pid).create_time(), implementation._namespace())
+    here = asdict(Sign.own())
+    write(tmp_path, 0, **here | {"pid": number})
+    write(tmp_path, 1, **here)
+    ending = threading.Timer(0.5, process.kill)
+    ending.start()
+    assert str(watch(tmp_path, rank=1).reason_of(LOST)).startswith(f"rank 0 on {here['host']} died")
+    ending.join()
+    process.wait()
+
+
 def test_who_died_on_another_machine_gives_no_signs(tmp_path: Path) -> None:
     write(tmp_path, 0, **asdict(Sign.own()))
     write(tmp_path, 1)
