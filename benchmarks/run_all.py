@@ -87,9 +87,9 @@ REMARKS = {
     "loop_overhead": (
         "The overhead does not depend on the model; two images a batch leave its own noise small. The clock of this "
         "machine moves by a third between turns: compare contenders of one run, the fastest turns, and the calls. "
-        "Three other runs gave kexue's default 0.86, 1.22 and 1.25 ms beside 0.99, 1.38 and 1.23 ms of Lightning lean, "
-        "the last two with other work on the machine. Where the model is one layer, so that caches stay warm, they are "
-        "0.46 and 0.68 ms."
+        "Four other runs gave kexue's default 0.86, 1.22, 1.25 and 1.53 ms beside 0.99, 1.38, 1.23 and 2.11 ms of "
+        "Lightning lean, the last three with other work on the machine or while it ran everything slower. Where the "
+        "model is one layer, so that caches stay warm, they are 0.46 and 0.68 ms."
     ),
     "extraction_peer_duie": "Scores after the last of 5 epochs on the dev sample; a run for each, one seed.",
     "extraction_peer_weibo": "Scores after the last epoch, medians of two seeds.",
