@@ -4,7 +4,7 @@ Each contender trains the same module on the same batches, ready in memory, with
 is its time less that of a bare PyTorch loop in the same turn. Beside the time on the clock stand the processor time of
 the training thread and the number of Python calls a step: the latter is the same on any machine, however busy. Where
 the clock of the machine moves between turns, the difference of the fastest turns tells more than the median of the
-differences. The module is `digits_multitask`.
+differences. The module is `digits_multitask`, or one linear layer.
 
     python benchmarks/loop_overhead.py [--steps 500] [--repeats 5] [--step-ms 50] [--json FILE]
 """
@@ -74,6 +74,22 @@ class Busy(DigitsMultitaskModule):
         return super().training_step(batch, batch_idx)
 
 
+class OneLayer(pl.LightningModule):
+    """A linear map of the images: what a step costs where the processor's caches hold all of its Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 1)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        loss = self.layer(batch["image"].flatten(1)).square().mean()
+        self.log("train/loss", loss, batch_size=len(batch["image"]))
+        return {"loss": loss}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
 class Batches(torch.utils.data.Dataset):
     """A number of ready batches, the same few again and again."""
 
@@ -116,9 +132,11 @@ def make_batches(size: int = 64, count: int = 8) -> list[Batch]:
     return batches
 
 
-def make_module(passes: int) -> Busy:
-    """A new module with the same weights."""
+def make_module(passes: int) -> pl.LightningModule:
+    """A new module with the same weights; no passes: of one layer."""
     torch.manual_seed(0)
+    if not passes:
+        return OneLayer()
     module = Busy(optimizer=partial(torch.optim.AdamW, lr=1e-3))
     module.passes = passes
     return module
@@ -147,7 +165,7 @@ def terminal() -> Iterator[Console]:
 
 def bare(data: Batches, passes: int, warm_up: int) -> Times:
     """Times a step of a plain loop."""
-    module = make_module(passes)
+    module: Any = make_module(passes)
     module.configure_model()
     module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
     optimizer = module.configure_optimizers()
@@ -263,6 +281,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--step-ms", type=float, default=0.0, help="make a step last about so long; 0: as it is")
     parser.add_argument("--batch", type=int, default=64, help="images in a batch")
+    parser.add_argument("--one-layer", action="store_true", help="a module of one linear layer")
     parser.add_argument("--log-every", type=int, default=50, help="log_every_n_steps")
     parser.add_argument("--only", default="", help="contenders whose name contains this")
     parser.add_argument("--json", help="file to write")
@@ -273,7 +292,7 @@ def main() -> None:
 
     warm_up = 50
     data = Batches(make_batches(arguments.batch), arguments.steps + warm_up)
-    passes = 1
+    passes = 0 if arguments.one_layer else 1
     if arguments.step_ms:
         short = Batches(data.batches, 40)
         once, eleven = bare(short, 1, 10)[1], bare(short, 11, 10)[1]
@@ -302,7 +321,8 @@ def main() -> None:
                 ),
             }
         rows.append(row)
-    report(f"loop overhead, log_every_n_steps={arguments.log_every}", rows, arguments.json)
+    what = "one layer, " if arguments.one_layer else ""
+    report(f"loop overhead, {what}log_every_n_steps={arguments.log_every}", rows, arguments.json)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ HERE = Path(__file__).parent
 # Name of the result -> script and arguments.
 SCRIPTS = {
     "loop_overhead": ["loop_overhead", "--log-every", "50", "--steps", "300", "--repeats", "11", "--batch", "2"],
+    "loop_overhead_one_layer": ["loop_overhead", "--one-layer", "--steps", "1000", "--repeats", "7", "--batch", "2"],
     "zero": ["zero"],
     "zero_results": ["zero_results"],
     "gloo": ["gloo"],
@@ -87,9 +88,8 @@ REMARKS = {
     "loop_overhead": (
         "The overhead does not depend on the model; two images a batch leave its own noise small. The clock of this "
         "machine moves by a third between turns: compare contenders of one run, the fastest turns, and the calls. "
-        "Four other runs gave kexue's default 0.86, 1.22, 1.25 and 1.53 ms beside 0.99, 1.38, 1.23 and 2.11 ms of "
-        "Lightning lean, the last three with other work on the machine or while it ran everything slower. Where the "
-        "model is one layer, so that caches stay warm, they are 0.46 and 0.68 ms."
+        "Six other runs of the day gave kexue's default 0.86, 1.22, 1.24, 1.25, 1.53 and 1.74 ms, beside 0.99, 1.38, "
+        "1.49, 1.23 and 2.11 ms of Lightning lean (none in the last), while the bare step went from 4.2 to 5.7 ms."
     ),
     "extraction_peer_duie": "Scores after the last of 5 epochs on the dev sample; a run for each, one seed.",
     "extraction_peer_weibo": "Scores after the last epoch, medians of two seeds.",
