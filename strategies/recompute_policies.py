@@ -43,7 +43,7 @@ class Recompute:
         self.block, self.policy = block, policy
         self.forward = block.forward
         self.norms = [module for module in block.modules() if isinstance(module, _NormBase)]
-        self.iterated = list(_power_vectors(block))
+        self.iterated = list(_spectral_norms(block))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not (torch.is_grad_enabled() and self.block.training):
@@ -65,7 +65,8 @@ class Recompute:
         """What is entered around each second run of a run that is about to begin."""
         if not self.norms and not self.iterated:
             return nullcontext()
-        return FrozenStatistics(self.norms, self.iterated)
+        # Asked for now: a module that is moved to another device has other buffers.
+        return FrozenStatistics(self.norms, [getattr(module, name) for module, name in self.iterated])
 
 
 class FrozenStatistics:
@@ -101,14 +102,14 @@ class FrozenStatistics:
             vector.copy_(reached)
 
 
-def _power_vectors(block: nn.Module) -> Iterator[Tensor]:
-    """The vectors that spectral norms in a block iterate, of both of torch's forms."""
+def _spectral_norms(block: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Owners and names of the vectors that spectral norms in a block iterate, of both of torch's forms."""
     for module in block.modules():
         if isinstance(module, _SpectralNorm):
-            yield from (module._u, module._v)
+            yield from ((module, "_u"), (module, "_v"))
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, SpectralNorm):
-                yield from (getattr(module, f"{hook.name}_{vector}") for vector in "uv")
+                yield from ((module, f"{hook.name}_{vector}") for vector in "uv")
 
 
 class Policy(ABC):

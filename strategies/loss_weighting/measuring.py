@@ -172,34 +172,36 @@ class AtParameters:
 
     def __init__(self, who: str, module: pl.LightningModule) -> None:
         self.who, self.module = who, module
-        self._reached: Tensor | None = None  # by task and parameter, on any process so far
+        # By task and parameter, on any process so far; in the last column, whether there was such a task at all.
+        self._reached: Tensor | None = None
         self._shared: list[nn.Parameter] = []
 
     def gram(self, losses: Mapping[str, Tensor], tasks: Sequence[str], calls: Sequence[Call]) -> Tensor:
         """Return the inner products `(T, T)`; 0 as long as no parameter is known to be shared."""
-        if self._reached is None or not bool(self._reached.any(1).all()):
-            self._look(losses, tasks)
+        if self._reached is None or not bool(self._reached[:, -1].all()):
+            self._reached = self._look(losses, tasks)
         if not self._shared:
-            return next(iter(losses.values())).new_zeros(len(tasks), len(tasks), dtype=torch.float64)
+            return torch.zeros(len(tasks), len(tasks), dtype=torch.float64, device=self._reached.device)
         rows = processes.total(gradient_rows(losses, tasks, self._shared))
         return (rows @ rows.T).double()
 
-    def _look(self, losses: Mapping[str, Tensor], tasks: Sequence[str]) -> None:
+    def _look(self, losses: Mapping[str, Tensor], tasks: Sequence[str]) -> Tensor:
         """Note what each task of this batch reaches; all processes know the same afterwards."""
         head = getattr(self.module, "head", None)
         own = set(head.parameters()) if isinstance(head, nn.Module) else set()
         parameters = [p for p in self.module.parameters() if p.requires_grad and p not in own]
-        reached = torch.zeros(len(tasks), len(parameters), device=parameters[0].device if parameters else None)
+        reached = torch.zeros(len(tasks), len(parameters) + 1, device=parameters[0].device if parameters else None)
         for row, name in zip(reached, tasks, strict=True):
             if name in losses and parameters:
                 parts = torch.autograd.grad(losses[name], parameters, retain_graph=True, allow_unused=True)
-                row.copy_(torch.tensor([float(part is not None) for part in parts]))
+                row.copy_(torch.tensor([*(float(part is not None) for part in parts), 1.0]))
         found = processes.total(reached) > 0
-        self._reached = found if self._reached is None else self._reached | found
-        times = self._reached.sum(0).tolist()
+        found = found if self._reached is None else self._reached | found
+        times = found[:, :-1].sum(0).tolist()
         self._shared = [p for p, count in zip(parameters, times, strict=True) if count >= min(2, len(tasks))]
-        if not self._shared and (not parameters or bool(self._reached.any(1).all())):
+        if not self._shared and (not parameters or bool(found[:, -1].all())):
             raise InputError(
                 f"{self.who}: no trained parameter of {type(self.module).__name__} outside its head is shared by two "
                 "tasks; use a rule by losses, such as rule='real_time'."
             )
+        return found

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from cells import BASES, differences, many_runs, run_all
+from cells import BASES, differences, run_all
 from ranks import run_ranks
+from several_runs import many_runs
 
 FP16 = {"precision": "16-mixed", "optimizer": "sgd", "accumulate": 2, "clip": 0.3}
 OFFLOAD = {"offload_optimizer": True}
@@ -18,7 +19,7 @@ CELLS: dict[Any, Any] = {
     **{(base, "spiky offload"): ((base, "both", "spiky"), {**FP16, "strategy": OFFLOAD}) for base in BASES[2:]},
     **{(base, "manual fp16"): ((base, "both", "manual"), {"precision": "16-mixed"}) for base in BASES},
     **{(base, "manual"): ((base, "both", "manual"), {"optimizer": "sgd"}) for base in BASES},
-    ("ddp", "plain"): (("ddp", "both"), {"accumulate": 2, "clip": 0.3}),
+    **{(base, "plain"): ((base, "both"), {"accumulate": 2, "clip": 0.3}) for base in BASES},
     ("zero_2", "offload"): (
         ("zero_2", "both"),
         {"accumulate": 2, "clip": 0.3, "strategy": {"offload_optimizer": True}},
@@ -74,8 +75,17 @@ def test_16_mixed_scales_the_loss_as_a_grad_scaler_does(base: str, runs: dict[An
 
 @pytest.mark.parametrize("base", BASES[1:])
 def test_a_run_does_not_depend_on_the_precision_of_the_one_before(base: str, runs: dict[Any, Any]) -> None:
-    """What comes after 16-mixed in this process is float32 again: see `manual` and `offload`."""
-    assert runs[base, "manual"]["scale"] is None
+    """These came after 16-mixed in the same processes; DeepSpeed would go on scaling, and skip the first step."""
+    losses, weights = differences(runs[base, "plain"], runs["ddp", "plain"])
+    assert losses <= 1e-6
+    assert weights <= 1e-6
+    assert runs[base, "plain"]["scale"] is None
+
+
+@pytest.mark.parametrize("base", BASES[1:])
+def test_a_bucket_is_no_larger_than_what_is_trained(base: str, runs: dict[Any, Any]) -> None:
+    run = runs[base, "plain"]
+    assert run["bucket"] == sum(weight.size for weight in run["weights"].values())
 
 
 @pytest.mark.parametrize("base", BASES[1:])

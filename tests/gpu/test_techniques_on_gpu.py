@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from cells import differences, many_runs, run_all
+from cells import differences, run_all
 from ranks import run_ranks
+from several_runs import many_runs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 

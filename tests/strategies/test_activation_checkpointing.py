@@ -109,6 +109,21 @@ def test_without_the_random_state_the_same_test_fails(monkeypatch: pytest.Monkey
         assert_equal(step(plain), step(recomputed))
 
 
+def test_a_spectral_norm_in_a_module_that_is_moved_iterates_once() -> None:
+    """Moving replaces its vectors, as a strategy does after techniques have been attached."""
+    torch.manual_seed(0)
+    x, found = torch.randn(4, 8, dtype=torch.float64), []
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
+    for recomputed in (False, True):
+        block = copy.deepcopy(layer)
+        if recomputed:
+            checkpoint_blocks([block])
+        block.double()
+        block(x).square().sum().backward()
+        found.append([*block.buffers(), *(parameter.grad for parameter in block.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_without_frozen_statistics_batch_norm_would_count_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     from contextlib import nullcontext
 
